@@ -1,0 +1,559 @@
+"""Everything that comes from files or is rendered: tokenizer, pictures, training pairs, and the scenes of the embedded default.
+
+    python -c "import data; data.render(data.make_scene(seed=0, index=7)).save('scene.png')"
+
+Pairs are JSON lines, one picture a line, paths relative to the file:
+    {"image": "a.jpg", "short": "a red bus" | ["a red bus", "..."] | null, "long": "..." | null}
+
+Scenes are pictures rendered with Pillow, decided by (seed, index) alone: 2 to 4 objects with colour, shape, size and texture on a 3 x 3
+grid, with short and long captions, questions, hard negatives after SugarCrepe and pairs after Winoground.
+
+Not here: prompts and templates (vladva.py), reading of public datasets, download of anything.
+"""
+
+import dataclasses
+import json
+import math
+import random
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from model import read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NAMES = {"tiny": Path(__file__).resolve().parent / "assets" / "tiny"}  # model names that are not folders
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def model_folder(name):
+    """The folder that a model name stands for: "tiny" or an existing folder. ValueError lists what there is."""
+    folder = NAMES.get(str(name), Path(name))
+    if not folder.is_dir():
+        raise ValueError(f"no model folder {str(name)!r}: give {' or '.join(NAMES)}, or a folder in the layout of llava-hf/llava-1.5-7b-hf")
+    return folder
+
+
+class Tokenizer:
+    """tokenizer.json of a model folder as it is, with the ids that the method needs."""
+
+    def __init__(self, folder, config):
+        path = Path(folder) / "tokenizer.json"
+        read_json(path)  # one clear line when it is missing or broken
+        self.inner = tokenizers.Tokenizer.from_file(str(path))
+        text = config.raw["text_config"]
+        self.image_id = config.image_token_id
+        self.bos_id, self.eos_id = text.get("bos_token_id", 1), text.get("eos_token_id", 2)  # LlamaConfig's defaults
+        self.pad_id = self.eos_id  # never seen by a real token, so any id serves
+        self.eos, self.image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
+        self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
+        if self.eos is None or self.image != "<image>":
+            raise ValueError(f"{path} has {self.image!r} at id {self.image_id} and {self.eos!r} at id {self.eos_id}: config.json and tokenizer.json do not belong together")
+        if self.inner.encode("a").ids[0] != self.bos_id or self.inner.encode("a").ids.count(self.bos_id) != 1:
+            raise ValueError(f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer")
+        if self.inner.get_vocab_size() > config.decoder.vocab_size:
+            raise ValueError(f"{path} has {self.inner.get_vocab_size()} tokens, but the model embeds {config.decoder.vocab_size}")
+
+    def encode(self, text):
+        """tokenizers.Encoding of a text: .ids with one BOS first, .offsets in characters."""
+        return self.inner.encode(text)
+
+    def decode(self, ids):
+        """Text of token ids, special tokens left out."""
+        return self.inner.decode(ids)
+
+    def checked(self, text):
+        """The text without blanks at its ends, or ValueError: empty, or holding what would become a special token."""
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"empty text {text!r}: a caption or prompt needs words")
+        found = [token for token in self.special if token in text]
+        if found:
+            raise ValueError(f"text holds {found[0]!r}, which this model reads as a special token: remove it from {text[:60]!r}")
+        return text.strip()
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+BROKEN_IMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises
+
+
+def open_image(source):
+    """A path or a PIL picture of any mode -> RGB picture, upright (EXIF). ValueError names a file that is missing or cannot be decoded."""
+    if not isinstance(source, Image.Image):
+        if not Path(source).is_file():
+            raise ValueError(f"{source}: no such picture file")
+        try:
+            with Image.open(source) as opened:
+                opened.load()
+                source = opened
+        except BROKEN_IMAGE as error:
+            raise ValueError(f"{source}: cannot be decoded as a picture ({type(error).__name__}: {error})") from None
+    return to_rgb(ImageOps.exif_transpose(source))
+
+
+def to_rgb(image):
+    """Any PIL mode -> RGB; 16-bit greys keep their upper 8 bits, which Pillow's own conversion would clip to white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((values / (256 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def pad_to_square(image, colour):
+    """The picture centred on a square of one colour, as the original LLaVA-1.5 does."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+class ImageProcessor:
+    """The steps that preprocessor_config.json names (transformers' CLIPImageProcessor): resize, centre crop, rescale, normalise.
+
+    mode "crop" does these as they are; "pad" first pads to a square with the mean colour, so that nothing is cut off.
+    """
+
+    def __init__(self, folder, config, mode):
+        path = Path(folder) / "preprocessor_config.json"
+        raw, side = read_json(path), config.vision.image_size
+        if mode not in ("crop", "pad"):
+            raise ValueError(f"image mode is {mode!r}: 'crop' or 'pad'")
+        self.mode, self.side = mode, side
+        size, crop = raw.get("size", side), raw.get("crop_size", side)
+        self.resize = size.get("shortest_edge", size) if isinstance(size, dict) else size  # an int, or {"height", "width"}
+        self.crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+        self.steps = {step: raw.get(f"do_{step}", True) for step in ("resize", "center_crop", "rescale", "normalize")}
+        self.resample = Image.Resampling(raw.get("resample", 3))
+        self.factor = raw.get("rescale_factor", 1 / 255)
+        self.mean, self.std = np.array(raw.get("image_mean", CLIP_MEAN)), np.array(raw.get("image_std", CLIP_STD))
+        if self.steps["center_crop"] and self.crop != (side, side):
+            raise ValueError(f"{path}: crop_size is {self.crop}, but the vision tower takes {side} x {side}")
+
+    def target(self, image):
+        """(width, height) after the resize step."""
+        if isinstance(self.resize, dict):
+            return self.resize["width"], self.resize["height"]
+        short, long = sorted(image.size)
+        edges = self.resize, int(self.resize * long / short)
+        return edges if image.width <= image.height else edges[::-1]
+
+    def __call__(self, image):
+        """RGB picture -> (3, side, side) float32, normalised."""
+        if self.mode == "pad":
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.mean))
+        if self.steps["resize"]:
+            image = image.resize(self.target(image), self.resample)
+        if self.steps["center_crop"]:
+            left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = np.asarray(image).astype(np.float64)  # (height, width, 3)
+        if pixels.shape != (self.side, self.side, 3):
+            raise ValueError(f"preprocessed picture is {pixels.shape[1]} x {pixels.shape[0]}, but the vision tower takes {self.side} x {self.side}")
+        pixels = pixels * self.factor if self.steps["rescale"] else pixels
+        pixels = (pixels - self.mean) / self.std if self.steps["normalize"] else pixels
+        return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())
+
+
+# ------------------------------------------------------------------------------------------------------ training pairs
+
+
+class BadRow(ValueError):
+    """A row of a pairs file that cannot be used; the message names file and line."""
+
+
+def parse_pair(line, where, folder):
+    """One JSON line -> {"image": path, "short": [captions], "long": caption or None, "where": "file:line"}. BadRow says what is wrong."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"{where}: not a JSON object ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise BadRow(f'{where}: wanted {{"image": "path", "short": ..., "long": ...}}, got {line.strip()[:80]}')
+    unknown = sorted(row.keys() - {"image", "short", "long"})
+    if unknown:
+        raise BadRow(f"{where}: unknown key {', '.join(map(repr, unknown))}; known are image, short, long")
+    short, long = row.get("short"), row.get("long")
+    short = [] if short is None else [short] if isinstance(short, str) else short
+    if not isinstance(short, list):
+        raise BadRow(f"{where}: short is {short!r}; wanted a caption, a list of captions or null")
+    for caption in [*short, *([] if long is None else [long])]:
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadRow(f"{where}: empty caption {caption!r}; leave the key out instead")
+    if not short and long is None:
+        raise BadRow(f"{where}: neither a short nor a long caption")
+    path = folder / row["image"]
+    if not path.is_file():
+        raise BadRow(f"{where}: picture {path} not found")
+    return {"image": path, "short": short, "long": long, "where": where}
+
+
+class Pairs:
+    """The usable rows of a pairs file. `bad` holds the message of every skipped one (on_bad "skip"); "error" raises at the first."""
+
+    CHECK_FIRST = 5000  # rows up to which every picture is decoded once before training, so that a broken one shows now and not in an hour
+
+    def __init__(self, path, tokenizer, on_bad="error"):
+        if on_bad not in ("error", "skip"):
+            raise ValueError(f"on-bad-data is {on_bad!r}: 'error' or 'skip'")
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
+        self.path, self.rows, self.bad = path, [], []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                self.keep(line, f"{path}:{number}", tokenizer, decode=len(lines) <= self.CHECK_FIRST, on_bad=on_bad)
+        if len(self.rows) < 2:
+            raise ValueError(f"{path}: {len(self.rows)} usable rows ({len(self.bad)} bad); at least 2 are needed" + (f"; first: {self.bad[0]}" if self.bad else ""))
+
+    def keep(self, line, where, tokenizer, decode, on_bad):
+        try:
+            row = parse_pair(line, where, self.path.parent)
+            try:
+                for caption in [*row["short"], *([row["long"]] if row["long"] else [])]:
+                    tokenizer.checked(caption)
+                if decode:
+                    open_image(row["image"])
+            except ValueError as error:
+                raise BadRow(f"{where}: {error}") from None
+        except BadRow as error:
+            if on_bad == "error":
+                raise
+            self.bad.append(str(error))
+        else:
+            self.rows.append(row)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def row(self, index, rng):
+        """{"image": RGB picture, "short": one of its captions or None, "long": caption or None}; rng draws the caption."""
+        row = self.rows[index]
+        try:
+            image = open_image(row["image"])
+        except ValueError as error:
+            raise BadRow(f"{row['where']}: {error}") from None
+        return {"image": image, "short": rng.choice(row["short"]) if row["short"] else None, "long": row["long"]}
+
+
+class Scenes:
+    """`count` rendered scenes of one seed, with the same interface as Pairs."""
+
+    def __init__(self, seed, count, size):
+        self.seed, self.count, self.size = seed, count, size
+
+    def __len__(self):
+        return self.count
+
+    def row(self, index, rng):
+        return scene_row(self.seed, index, self.size)
+
+
+# ------------------------------------------------------------------------------------------------------ the scenes
+
+COLOURS = {"red": (214, 39, 40), "green": (34, 150, 62), "blue": (38, 86, 222), "yellow": (247, 220, 50),
+           "orange": (250, 138, 22), "purple": (132, 55, 176), "pink": (250, 152, 196), "cyan": (58, 206, 214)}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 0.50, "large": 0.84}  # width of the object as a share of its cell
+TEXTURES = ("plain", "striped", "dotted")
+BACKGROUNDS = {"white": (244, 244, 240), "gray": (134, 138, 142), "tan": (205, 178, 138), "brown": (104, 70, 44)}
+GRID = 3  # cells a side; one object a cell at most
+POSITIONS = ("top-left", "top-center", "top-right", "middle-left", "center", "middle-right", "bottom-left", "bottom-center", "bottom-right")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene. `cell` counts the grid's cells in reading order, so POSITIONS[cell] names its place."""
+
+    colour: str
+    shape: str
+    size: str
+    texture: str
+    cell: int
+    shift: tuple = (0.0, 0.0)  # of its centre from the cell's, in cells
+
+    @property
+    def kind(self):
+        return self.colour, self.shape
+
+    def phrase(self, attributes=()):
+        """Noun phrase with an article: "a small striped red circle" for attributes ("size", "texture")."""
+        words = [getattr(self, name) for name in ("size", "texture") if name in attributes] + [self.colour, self.shape]
+        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """2 to 4 objects, no two alike in colour and shape, each in a cell of its own, on a plain background."""
+
+    things: tuple
+    background: str
+
+
+def make_scene(seed, index, counts=(2, 3, 4)):
+    """The scene that (seed, index) decides."""
+    rng = random.Random(f"scene {seed} {index}")
+    kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice(counts))
+    cells = rng.sample(range(GRID * GRID), len(kinds))
+    things = tuple(
+        Thing(colour, shape, rng.choice(list(SIZES)), rng.choice(TEXTURES), cell, (rng.uniform(-0.07, 0.07), rng.uniform(-0.07, 0.07)))
+        for (colour, shape), cell in zip(kinds, cells)
+    )
+    return Scene(things, rng.choice(list(BACKGROUNDS)))
+
+
+def relations(a, b):
+    """The relation words that are true of "a ... b"."""
+    (row_a, col_a), (row_b, col_b) = divmod(a.cell, GRID), divmod(b.cell, GRID)
+    checks = {"left of": col_a < col_b, "right of": col_a > col_b, "above": row_a < row_b, "below": row_a > row_b}
+    return [word for word, true in checks.items() if true]
+
+
+def shape_outline(shape, centre, width):
+    """Corner points of a polygon shape. centre: (x, y); width in the same unit."""
+    (x, y), r = centre, width / 2
+    if shape == "square":
+        return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+    if shape == "triangle":
+        return [(x, y - r), (x + r, y + r), (x - r, y + r)]
+    if shape == "cross":
+        t = r / 3
+        return [(x + dx, y + dy) for dx, dy in ((-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t))]
+    assert shape == "star", shape
+    spokes = [(r * (1.08 if k % 2 == 0 else 0.44), math.pi * (k / 5 - 0.5)) for k in range(10)]
+    return [(x + length * math.cos(angle), y + length * math.sin(angle)) for length, angle in spokes]
+
+
+def draw_thing(canvas, thing, cell_px):
+    """Paint one object on a canvas whose cells are cell_px wide."""
+    row, col = divmod(thing.cell, GRID)
+    left, top = round((col + thing.shift[0]) * cell_px), round((row + thing.shift[1]) * cell_px)
+    side, width = round(cell_px), SIZES[thing.size] * cell_px
+    middle, near, far = side / 2, (side - width) / 2, (side + width) / 2
+    mask = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(mask)
+    if thing.shape in ("circle", "ring"):
+        pen.ellipse((near, near, far, far), fill=255)
+        if thing.shape == "ring":
+            pen.ellipse((middle - width / 4, middle - width / 4, middle + width / 4, middle + width / 4), fill=0)
+    else:
+        pen.polygon(shape_outline(thing.shape, (middle, middle), width), fill=255)
+    colour = COLOURS[thing.colour]
+    paint = Image.new("RGB", (side, side), colour)
+    pen, dark, step = ImageDraw.Draw(paint), tuple(channel // 3 for channel in colour), cell_px / 8
+    marks = [k * step for k in range(9)]
+    if thing.texture == "striped":
+        for v in marks[::2]:
+            pen.rectangle((0, v - step * 0.35, side, v + step * 0.35), fill=dark)
+    elif thing.texture == "dotted":
+        for i, u in enumerate(marks):
+            for v in marks[i % 2 :: 2]:
+                pen.ellipse((u - step * 0.42, v - step * 0.42, u + step * 0.42, v + step * 0.42), fill=dark)
+    canvas.paste(paint, (left, top), mask)
+
+
+def render(scene, size=96):
+    """The scene as an RGB picture of size x size pixels."""
+    oversampling = 2
+    canvas = Image.new("RGB", (size * oversampling, size * oversampling), BACKGROUNDS[scene.background])
+    for thing in scene.things:
+        draw_thing(canvas, thing, size * oversampling / GRID)
+    return canvas.resize((size, size), Image.Resampling.BOX)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A short caption as structure, so that an edit of its content leaves its wording alone.
+
+    mentions: (Thing, attributes shown) each. relation: the word between the first two, or None. positions: every mention is followed by
+    its place. background: its name, or None when the caption is silent about it.
+    """
+
+    opening: str
+    mentions: tuple
+    relation: str | None
+    positions: bool
+    background: str | None
+
+    def __str__(self):
+        parts = [thing.phrase(shown) + (f" {POSITIONS[thing.cell]}" if self.positions else "") for thing, shown in self.mentions]
+        if self.relation:
+            parts[:2] = [f"{parts[0]} {self.relation} {parts[1]}"]
+        return self.opening + join_words(parts) + (f" on a {self.background} background" if self.background else "")
+
+
+def join_words(parts):
+    """["a", "b", "c"] -> "a, b and c"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def is_true(caption, scene):
+    """Does everything the caption says hold in the scene?"""
+    present = {thing.kind: thing for thing in scene.things}
+    if any(thing.kind not in present for thing, _ in caption.mentions):
+        return False
+    for thing, shown in caption.mentions:
+        real = present[thing.kind]
+        if any(getattr(thing, name) != getattr(real, name) for name in shown) or (caption.positions and thing.cell != real.cell):
+            return False
+    if caption.relation and caption.relation not in relations(*(present[thing.kind] for thing, _ in caption.mentions[:2])):
+        return False
+    return caption.background in (None, scene.background)
+
+
+OPENINGS = ("", "", "", "a picture of ", "an image of ", "there is ", "the image shows ")
+
+
+def short_caption(scene, rng, style=None, mentions=None):
+    """A true caption of 2 or 3 objects: style "relation", "position" or "list", drawn when None; attributes and background at times."""
+    style = style or rng.choice(("relation", "relation", "position", "position", "list"))
+    count = mentions or rng.randint(2, min(3, len(scene.things)))
+    told = [(thing, tuple(name for name in ("size", "texture") if rng.random() < 0.3)) for thing in rng.sample(scene.things, count)]
+    return Caption(
+        opening=rng.choice(OPENINGS),
+        mentions=tuple(told),
+        relation=rng.choice(relations(told[0][0], told[1][0])) if style == "relation" else None,
+        positions=style == "position",
+        background=scene.background if rng.random() < 0.3 else None,
+    )
+
+
+NUMBERS = {1: "one object", 2: "two objects", 3: "three objects", 4: "four objects"}
+SENTENCES = (  # of a long caption, with {thing} and {place}; one is drawn a caption
+    "{place}: {thing}.",
+    "at the {place} there is {thing}.",
+    "{thing} {place}.",
+    "{thing} is at the {place}.",
+    "there is {thing} at the {place}.",
+)
+
+
+def long_caption(scene, rng):
+    """A true caption with every object, attribute and position, the background, and one or more relations; wording varies."""
+    things = sorted(scene.things, key=lambda thing: thing.cell) if rng.random() < 0.5 else rng.sample(scene.things, len(scene.things))
+    sentence, count = rng.choice(SENTENCES), NUMBERS[len(things)]
+    ground = rng.choice((f"the image shows {count} on a {scene.background} background.", f"there are {count}. the background is {scene.background}."))
+    body = [sentence.format(thing=thing.phrase(("size", "texture")), place=POSITIONS[thing.cell]) for thing in things]
+    for _ in range(rng.randint(1, len(things) - 1)):
+        a, b = rng.sample(things, 2)
+        body.append(f"the {' '.join(a.kind)} is {rng.choice(relations(a, b))} the {' '.join(b.kind)}.")
+    return " ".join([ground, *body] if rng.random() < 0.5 else [*body, ground])
+
+
+def one_word(scene, rng):
+    """One content word that is true of the scene, at random: what "in one word" is answered with in the generative stage."""
+    thing = rng.choice(scene.things)
+    return rng.choice((thing.colour, thing.colour, thing.shape, thing.shape, thing.size, thing.texture, POSITIONS[thing.cell], scene.background))
+
+
+def few_words(scene, rng):
+    """Colour and shape of two objects."""
+    return ", ".join(" ".join(thing.kind) for thing in rng.sample(scene.things, 2))
+
+
+def question(scene, rng):
+    """A (question, answer) about the scene: where an object is, what is at a place, or how two objects lie to each other."""
+    a, b = rng.sample(scene.things, 2)
+    kind = rng.choice(("where", "where", "what", "relation"))
+    if kind == "where":
+        return f"where is the {' '.join(a.kind)}?", POSITIONS[a.cell]
+    if kind == "what":
+        return f"what is at the {POSITIONS[a.cell]}?", a.phrase(("size", "texture"))
+    return f"where is the {' '.join(a.kind)} relative to the {' '.join(b.kind)}?", rng.choice(relations(a, b))
+
+
+# Hard negatives after SugarCrepe: one edit makes the caption false of the scene and leaves its wording alone. "_pos" are this project's
+# own: position words as further relations and roles.
+CATEGORIES = {
+    "replace_obj": "Replace", "replace_att": "Replace", "replace_rel": "Replace", "replace_pos": "Replace",
+    "swap_obj": "Swap", "swap_att": "Swap", "swap_pos": "Swap", "add_obj": "Add", "add_att": "Add",
+}  # fmt: skip
+STYLE_OF = {"replace_rel": "relation", "swap_obj": "relation", "replace_pos": "position", "swap_pos": "position"}
+
+
+def other(rng, values, present):
+    """A random value other than the present one."""
+    return rng.choice([value for value in values if value != present])
+
+
+def edit(caption, category, rng):
+    """The caption with one edit of this category, or None when the caption offers no place for it; may still be true of the scene."""
+    mentions, spot = list(caption.mentions), rng.randrange(len(caption.mentions))
+    thing, shown = mentions[spot]
+    (first, first_shown), (second, second_shown) = mentions[:2]
+    if category == "replace_rel":
+        return dataclasses.replace(caption, relation=OPPOSITE[caption.relation])
+    if category == "replace_obj":
+        mentions[spot] = dataclasses.replace(thing, shape=other(rng, SHAPES, thing.shape)), shown
+    elif category == "replace_att":
+        name, values = rng.choice([("colour", COLOURS)] + [(name, {"size": SIZES, "texture": TEXTURES}[name]) for name in shown])
+        mentions[spot] = dataclasses.replace(thing, **{name: other(rng, values, getattr(thing, name))}), shown
+    elif category == "replace_pos":
+        mentions[spot] = dataclasses.replace(thing, cell=other(rng, range(GRID * GRID), thing.cell)), shown
+    elif category == "swap_obj":
+        mentions[:2] = mentions[1::-1]
+    elif category == "swap_pos":
+        mentions[:2] = (dataclasses.replace(first, cell=second.cell), first_shown), (dataclasses.replace(second, cell=first.cell), second_shown)
+    elif category == "swap_att":
+        mentions[:2] = (dataclasses.replace(first, colour=second.colour), first_shown), (dataclasses.replace(second, colour=first.colour), second_shown)
+    elif category == "add_obj":
+        cell = other(rng, range(GRID * GRID), thing.cell)
+        mentions.append((Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(SIZES)), rng.choice(TEXTURES), cell), ()))
+    elif category == "add_att":
+        missing = [name for name in ("size", "texture") if name not in shown]
+        if not missing:
+            return None
+        name = rng.choice(missing)
+        wrong = dataclasses.replace(thing, **{name: other(rng, {"size": SIZES, "texture": TEXTURES}[name], getattr(thing, name))})
+        mentions[spot] = wrong, tuple(n for n in ("size", "texture") if n in shown or n == name)
+    return dataclasses.replace(caption, mentions=tuple(mentions))
+
+
+def hard_negative(seed, index, category):
+    """(scene, true caption, false caption) as strings and a Scene: the item that (seed, index, category) decides."""
+    scene, rng = make_scene(seed, index), random.Random(f"negative {seed} {index} {category}")
+    while True:
+        caption = short_caption(scene, rng, STYLE_OF.get(category), mentions=2 if category == "add_obj" else None)
+        negative = edit(caption, category, rng)
+        kinds = [thing.kind for thing, _ in negative.mentions] if negative else []
+        if negative and str(negative) != str(caption) and len(set(kinds)) == len(kinds) and not is_true(negative, scene):
+            return scene, str(caption), str(negative)
+        if category == "swap_att" and len({thing.colour for thing in scene.things}) == 1:  # nothing to swap in a scene of one colour
+            scene = make_scene(seed, f"{index} again {rng.random()}")
+
+
+WINOGROUND_KINDS = ("colour", "relation", "position")
+
+
+def scene_pair(seed, index, kind):
+    """((scene_0, scene_1), (caption_0, caption_1)) after Winoground: the captions use the same words, caption_i is true of scene_i alone."""
+    rng = random.Random(f"pair {seed} {index} {kind}")
+    while True:
+        scene = make_scene(seed, f"{index} {rng.random()}")
+        a, b, *rest = scene.things
+        if kind == "colour":
+            exchanged = dataclasses.replace(a, colour=b.colour), dataclasses.replace(b, colour=a.colour)
+        else:
+            exchanged = dataclasses.replace(a, cell=b.cell), dataclasses.replace(b, cell=a.cell)
+        mirrored = dataclasses.replace(scene, things=(*exchanged, *rest))
+        relation = rng.choice(relations(a, b)) if kind == "relation" else None
+        captions = [Caption("", ((x, ()), (y, ())), relation, kind == "position", None) for x, y in ((a, b), exchanged)]
+        if kind == "relation":
+            captions[1] = dataclasses.replace(captions[0], mentions=captions[0].mentions[::-1])
+        true = [[is_true(caption, one) for one in (scene, mirrored)] for caption in captions]
+        if true == [[True, False], [False, True]]:
+            return (scene, mirrored), tuple(map(str, captions))
+
+
+def scene_row(seed, index, size=96):
+    """The training pair that (seed, index) decides: {"image": picture, "short": caption, "long": caption}."""
+    scene, rng = make_scene(seed, index), random.Random(f"captions {seed} {index}")
+    return {"image": render(scene, size), "short": str(short_caption(scene, rng)), "long": long_caption(scene, rng)}

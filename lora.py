@@ -1,0 +1,103 @@
+"""LoRA (Hu et al., 2021, arXiv 2106.09685) on every linear layer of the decoder: W0 x + (alpha / R) B A x, only A and B trained.
+
+    attach(lvlm.decoder, rank=16, alpha=16)      # a fresh adapter changes nothing: B starts at zero
+    with disabled(lvlm.decoder): ...             # the frozen model, bit for bit
+    merge(lvlm.decoder)                          # folds B A into W0; the layers are plain nn.Linear again
+
+Not here: dropout, DoRA, quantised bases, other target layers than the seven linears of a Llama block.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # paper Sec. 3.3: the linear layers inside Phi_l
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer W0 (`weight`) plus the low-rank update (alpha / R) B A, in the LoRA paper's names.
+
+    lora_a: (R, in), Kaiming-uniform; lora_b: (out, R), zero. Both stay float32 and are cast to the input's dtype where they are used.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        if linear.bias is not None:
+            raise ValueError("LoRALinear wants a linear layer without bias, as Llama's are")
+        self.weight = linear.weight
+        self.rank, self.alpha, self.enabled = rank, alpha, True
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def update(self):
+        """(alpha / R) B A, (out, in) in float32."""
+        return (self.lora_b @ self.lora_a) * (self.alpha / self.rank)
+
+    def forward(self, x):
+        frozen = F.linear(x, self.weight)
+        if not self.enabled:
+            return frozen
+        low_rank = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return frozen + low_rank * (self.alpha / self.rank)
+
+
+def lora_layers(module):
+    """[(name, LoRALinear), ...] inside a module."""
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)]
+
+
+def replace_layers(module, wanted, make):
+    """Replace every descendant for which wanted(attribute name, child) holds by make(child); returns how many."""
+    count = 0
+    for parent in list(module.modules()):
+        for attribute, child in list(parent.named_children()):
+            if wanted(attribute, child):
+                setattr(parent, attribute, make(child))
+                count += 1
+    return count
+
+
+def attach(module, rank, alpha, targets=TARGETS):
+    """Wrap every linear layer of the module whose attribute is in `targets`; returns how many. The base weights stay where they are."""
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}: at least 1 is needed (train without adapters by turning LoRA off instead)")
+    if lora_layers(module):
+        raise ValueError("this model has LoRA layers already: merge or reload it before attaching new ones")
+    return replace_layers(module, lambda name, child: name in targets and isinstance(child, nn.Linear), lambda child: LoRALinear(child, rank, alpha))
+
+
+@contextlib.contextmanager
+def disabled(module):
+    """Inside the context the LoRA layers are the frozen linears alone, bit for bit."""
+    layers = [layer for _, layer in lora_layers(module)]
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merge(module):
+    """Fold every update into its weight, in float32, and put plain linears back. There is no way back but to reload."""
+
+    def merged(layer):
+        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
+        folded = (layer.weight.float() + layer.update()).to(layer.weight.dtype)
+        linear.weight = nn.Parameter(folded, requires_grad=False)
+        return linear
+
+    return replace_layers(module, lambda _, child: isinstance(child, LoRALinear), merged)
+
+
+def lora_state(module):
+    """{"<layer>.lora_a": tensor, "<layer>.lora_b": tensor}: everything a LoRA adapter is."""
+    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in lora_layers(module) for part in ("lora_a", "lora_b")}

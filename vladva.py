@@ -1,0 +1,483 @@
+"""VladVA (arXiv 2412.04378): a generative LVLM becomes an embedding model. The method, in the paper's order.
+
+    from vladva import VladVA
+    model = VladVA.from_pretrained("tiny", adapter="runs/tiny")
+    model.encode_image(["a.jpg"]) @ model.encode_text(["a red circle"]).T
+
+    python vladva.py a.jpg b.jpg "a red circle" "a blue square" --adapter runs/tiny     # prints the similarity table
+
+Sec. 3.1   templates, summary token, embeddings, similarity; entropy and cumulative variance of prompts
+Sec. 3.2   Eq. 1 (contrastive), Eq. 2 (next token), the overall loss in one forward of the image sequence
+Sec. 3.3   soft prompts that replace the hand prompt's tokens; LoRA (lora.py)
+
+Not here: the network (model.py), files and pictures (data.py), the training loop (train.py), benchmarks (eval.py).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+import data
+import lora
+import model as lvlm_module
+
+# ------------------------------------------------------------------------------------------------------ Sec. 3.1: embeddings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the method needs to know; stored in every adapter file."""
+
+    image_prompt: str = "Summarize the provided image in one word:"  # paper Sec. 5.1
+    text_prompt: str = "Summarize the provided text in one word:"  # paper Sec. 5.1
+    detail_prompt: str = "Describe the image in detail."  # paper Sec. 3.2.3
+    soft_prompts: bool = True  # paper Sec. 3.3
+    lora: bool = True  # paper Sec. 3.3
+    rank: int = 16  # second-hand notes on the paper
+    alpha: float = 16.0  # second-hand notes on the paper
+    temperature: float = 0.05  # ours: Eq. 1 prints none; E5-V uses .05
+    learn_temperature: bool = False  # ours; clamped to [.01, 1]
+    next_token_weight: float = 1.0  # ours: the paper's text reads as a plain sum
+    image_mode: str = "crop"  # ours: "crop" as llava-hf's processor does, "pad" as the original LLaVA
+
+
+# Sec. 3.2.3; "{...}" is filled in, "<image>" stands for N image tokens. The line break before ASSISTANT: is the paper's print.
+IMAGE_TEMPLATE = "USER: {prompt} <image>\nASSISTANT:"
+TEXT_TEMPLATE = "USER: {prompt} {caption}\nASSISTANT:"
+DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT: {caption}"
+GENERATE_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
+
+
+def summary_embedding(hidden, summary):
+    """f = Phi_l(...)[eos], L2-normalised (paper Sec. 3.1): the final hidden state of the last prompt token, before anything is generated.
+
+    hidden: (B, T, D) after the final norm; summary: (B,) slot of the summary token. Returns (B, D) in float32, or float64 if hidden is.
+    """
+    chosen = hidden[torch.arange(len(hidden), device=hidden.device), summary]
+    return F.normalize(chosen if chosen.dtype == torch.float64 else chosen.float(), dim=-1)
+
+
+def similarity(image_emb, text_emb):
+    """s = cos_sim(f_v, f_t) (paper Sec. 3.1): (A, D) and (B, D), L2-normalised -> (A, B), row i: image i against every text."""
+    return image_emb @ text_emb.T
+
+
+def output_entropy(logits):
+    """Entropy in nats of the next-token distribution (paper Sec. 3.1, Fig. 2). logits: (..., V) -> (...); log V when uniform."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def cumulative_variance(emb):
+    """Share of the variance that the first k principal components hold, for k = 1, 2, ... (paper Sec. 3.1, Fig. 3).
+
+    emb: (B, D) with B >= 2, not all rows equal. Returns (min(B, D),) rising to 1; a slow rise is a spread-out embedding.
+    """
+    if len(emb) < 2:
+        raise ValueError(f"cumulative variance of {len(emb)} embedding: at least 2 are needed")
+    variance = torch.linalg.svdvals((emb - emb.mean(0)).double()).square()
+    return (variance.cumsum(0) / variance.sum()).to(emb.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ Sec. 3.2: losses
+
+
+def contrastive_loss(image_emb, text_emb, temperature):
+    """Symmetric image-text cross-entropy (paper, Eq. 1, divided by B; the temperature is ours).
+
+    image_emb, text_emb: (B, D), L2-normalised, row i of each is a pair; temperature: a positive number or 0-d tensor. Returns a 0-d
+    loss in nats; 2 log B when all rows coincide. Negatives are this batch only, so splitting B changes the loss. Raises ValueError on
+    unequal shapes or B < 2.
+    """
+    if image_emb.shape != text_emb.shape or len(image_emb) < 2:
+        raise ValueError(f"contrastive loss wants two equal (B, D) with B >= 2, got {tuple(image_emb.shape)} and {tuple(text_emb.shape)}")
+    sim = similarity(image_emb, text_emb) / temperature  # (B, B)
+    pairs = torch.arange(len(sim), device=sim.device)
+    return F.cross_entropy(sim, pairs) + F.cross_entropy(sim.T, pairs)
+
+
+def next_token_loss(hidden, targets, head_weight):
+    """-mean log p(u_i | x_v, x_p, u_<i) over caption tokens (paper, Eq. 2; the mean per token instead of the sum is ours).
+
+    hidden: (M, D), the states that predict; targets: (M,) token ids; head_weight: (V, D). Only caption tokens come here, so no logits
+    exist for image or prompt tokens. Returns a 0-d loss in nats per token. Raises ValueError when there is no token.
+    """
+    if len(targets) == 0:
+        raise ValueError("next-token loss over no token: the batch holds no long caption")
+    logits = hidden @ head_weight.T  # (M, V)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenised template. `ids` holds N image tokens where <image> stands; slots index into ids."""
+
+    ids: list
+    prompt_slot: int  # first token of the hand prompt
+    prompt_length: int  # tokens of the hand prompt: what the soft prompt replaces
+    summary: int  # the last token of the template, whose hidden state is the embedding
+    image_slot: int | None = None  # first image token
+    loss_start: int | None = None  # first token of the long caption
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences as tensors, all made on the host: nothing below asks the device for a size."""
+
+    ids: torch.Tensor  # (B, T)
+    prompt_slots: torch.Tensor  # (B,)
+    summary: torch.Tensor  # (B,)
+    image_slots: torch.Tensor | None  # (B,)
+    loss_index: torch.Tensor  # (M,) flat index b * T + t of every state that predicts a long-caption token
+    targets: torch.Tensor  # (M,) those tokens
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
+
+
+def collate(sequences, pad_id):
+    """Sequences -> Batch. Padding stands right of the last real token, where causal attention never lets it be seen."""
+    width = max(len(s.ids) for s in sequences)
+    predicting = [(b, t - 1) for b, s in enumerate(sequences) if s.loss_start for t in range(s.loss_start, len(s.ids))]
+    return Batch(
+        ids=torch.tensor([s.ids + [pad_id] * (width - len(s.ids)) for s in sequences]),
+        prompt_slots=torch.tensor([s.prompt_slot for s in sequences]),
+        summary=torch.tensor([s.summary for s in sequences]),
+        image_slots=None if sequences[0].image_slot is None else torch.tensor([s.image_slot for s in sequences]),
+        loss_index=torch.tensor([b * width + t for b, t in predicting], dtype=torch.long),
+        targets=torch.tensor([sequences[b].ids[t + 1] for b, t in predicting], dtype=torch.long),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Rows of pairs, tokenised: every picture with its long caption if it has one, every short caption with the row of its picture."""
+
+    pixels: torch.Tensor  # (B, 3, height, width)
+    images: Batch  # B rows
+    texts: Batch | None  # as many rows as there are short captions
+    with_short: torch.Tensor  # row in `images` of each row of `texts`
+
+    def to(self, device):
+        return TrainingBatch(self.pixels.to(device), self.images.to(device), self.texts and self.texts.to(device), self.with_short.to(device))
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+class VladVA(nn.Module):
+    """An LVLM with LoRA and soft prompts that embeds images and texts. `adapter_disabled()` gives the original LVLM back."""
+
+    def __init__(self, lvlm, tokenizer, image_processor, settings, name):
+        super().__init__()
+        self.lvlm, self.tokenizer, self.image_processor, self.settings, self.name = lvlm, tokenizer, image_processor, settings, name
+        self.soft_prompts = nn.ParameterDict()
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(settings.temperature), device=lvlm.device), requires_grad=settings.learn_temperature)
+        self.adapted = False
+
+    @classmethod
+    def from_pretrained(cls, name, adapter=None, device="cpu", dtype=torch.float32, settings=None):
+        """The model in a folder (or "tiny"), with the adapter of a training run when one is named, otherwise the untouched LVLM.
+
+        settings: for an untouched model, Settings() when None; an adapter brings its own. Raises ValueError when folder, weights,
+        tokenizer or adapter do not fit together.
+        """
+        folder = data.model_folder(name)
+        state, stored = read_adapter(adapter) if adapter else ({}, settings or Settings())
+        if adapter and settings and settings != stored:
+            raise ValueError(f"{adapter} was trained with other settings than those asked for: {stored}")
+        lvlm = lvlm_module.load_lvlm(folder, device, dtype)
+        tokenizer = data.Tokenizer(folder, lvlm.config)
+        model = cls(lvlm, tokenizer, data.ImageProcessor(folder, lvlm.config, stored.image_mode), stored, str(name))
+        if adapter:
+            model.attach()
+            model.load_adapter_state(state, adapter)
+        return model
+
+    # -------------------------------------------------------------------------------------------------- Sec. 3.3: adaptation
+
+    def attach(self):
+        """Add what is trained: LoRA on the decoder's linears and soft prompts that start as the hand prompts' embeddings.
+
+        One forward before and after is the same, up to nothing: lora_b is zero and the soft prompts are the tokens they replace.
+        """
+        if self.settings.lora:
+            lora.attach(self.lvlm.decoder, self.settings.rank, self.settings.alpha)
+        if self.settings.soft_prompts:
+            for modality, sequence in (("image", self.image_sequence()), ("text", self.text_sequence("a"))):
+                span = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
+                hand_prompt = self.lvlm.embed(torch.tensor(span, device=self.lvlm.device))  # (P, D)
+                self.soft_prompts[modality] = nn.Parameter(hand_prompt.detach().clone().float())
+        self.adapted = True
+
+    @property
+    def temperature(self):
+        """tau of Eq. 1, 0-d."""
+        return self.log_temperature.exp().clamp(0.01, 1.0)
+
+    @contextlib.contextmanager
+    def adapter_disabled(self):
+        """Inside the context this is the untouched LVLM with its hand prompts, bit for bit."""
+        before, self.adapted = self.adapted, False
+        try:
+            with lora.disabled(self.lvlm.decoder):
+                yield
+        finally:
+            self.adapted = before
+
+    # -------------------------------------------------------------------------------------------------- Sec. 3.2.3: templates
+
+    def sequence(self, template, prompt, caption="", more="", prompt_limit=None):
+        """Tokenise a filled template once and find its parts by their characters; `more` continues it after the summary token.
+
+        Tokenising the parts apart would give other ids: a tokenizer may join characters across their borders.
+        """
+        head = template.format(prompt=prompt, caption=caption)
+        encoding = self.tokenizer.encode(head + more)
+        ids, offsets = encoding.ids, encoding.offsets
+        first_char = template.index("{prompt}")
+        inside = [t for t, (a, b) in enumerate(offsets) if a < first_char + len(prompt) and b > first_char]
+        summary = max(t for t, (a, b) in enumerate(offsets) if a < b <= len(head))
+        picture = [t for t, token in enumerate(ids) if token == self.tokenizer.image_id]
+        extra = self.lvlm.config.num_image_tokens - 1 if picture else 0  # one <image> token becomes N
+        shift = lambda t: t + extra if picture and t > picture[0] else t
+        if picture:
+            ids = ids[: picture[0]] + [self.tokenizer.image_id] * (extra + 1) + ids[picture[0] + 1 :]
+        limit = self.lvlm.config.decoder.max_position_embeddings
+        if len(ids) > limit:
+            raise ValueError(f"{len(ids)} tokens, but the model has {limit} positions: shorten {(caption or more)[:60]!r}...")
+        return Sequence(ids, shift(inside[0]), len(inside), shift(summary), picture[0] if picture else None, shift(summary) + 1 if more else None)
+
+    def image_sequence(self, long=None):
+        """Template for the image modality; with a long caption, the second turn that Eq. 2 is computed on follows the summary token."""
+        sequence = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt)
+        if long is None:
+            return sequence
+        turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt, caption="")
+        whole = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" ") + " " + self.tokenizer.checked(long) + self.tokenizer.eos)
+        asked = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" "))
+        assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(sequence.ids)] == sequence.ids, "a long caption changed the tokens before it"
+        return dataclasses.replace(whole, loss_start=len(asked.ids))
+
+    def text_sequence(self, caption):
+        """Template for the text modality."""
+        return self.sequence(TEXT_TEMPLATE, self.settings.text_prompt, caption=self.tokenizer.checked(caption))
+
+    def training_batch(self, rows):
+        """Pairs ({"image": PIL picture, "short": str or None, "long": str or None}) -> TrainingBatch on the host."""
+        texts = [(i, self.text_sequence(row["short"])) for i, row in enumerate(rows) if row["short"]]
+        return TrainingBatch(
+            pixels=torch.stack([self.image_processor(row["image"]) for row in rows]),
+            images=collate([self.image_sequence(row["long"]) for row in rows], self.tokenizer.pad_id),
+            texts=collate([sequence for _, sequence in texts], self.tokenizer.pad_id) if texts else None,
+            with_short=torch.tensor([i for i, _ in texts], dtype=torch.long),
+        )
+
+    # -------------------------------------------------------------------------------------------------- forward
+
+    def hidden(self, batch, modality, pixels=None):
+        """Final hidden states of a Batch, (B, T, D): its tokens, soft prompts and image tokens through Phi_l."""
+        embeds = self.lvlm.embed(batch.ids)
+        if self.adapted and modality in self.soft_prompts:
+            embeds = lvlm_module.place(embeds, self.soft_prompts[modality], batch.prompt_slots)
+        if pixels is not None:
+            with torch.no_grad():  # vision tower and projector are frozen
+                features = self.lvlm.image_features(pixels)
+            embeds = lvlm_module.place(embeds, features, batch.image_slots)
+        return self.lvlm.decoder(embeds)
+
+    def losses(self, batch):
+        """(contrastive, next-token) of a TrainingBatch: Eq. 1 and Eq. 2 from one forward of the image sequences and one of the texts.
+
+        The long caption follows the summary token, which causal attention keeps from seeing it, so both losses share the forward
+        (Sec. 3.2.3). A term that no row of the batch can feed is 0.
+        """
+        zero = torch.zeros((), device=batch.pixels.device)
+        hidden = self.hidden(batch.images, "image", batch.pixels)  # (B, T, D)
+        contrastive = next_token = zero
+        if len(batch.with_short) >= 2:
+            image_emb = summary_embedding(hidden, batch.images.summary)[batch.with_short]
+            text_emb = summary_embedding(self.hidden(batch.texts, "text"), batch.texts.summary)
+            contrastive = contrastive_loss(image_emb, text_emb, self.temperature)
+        if len(batch.images.targets) and self.settings.next_token_weight:
+            next_token = next_token_loss(hidden.flatten(0, 1)[batch.images.loss_index], batch.images.targets, self.lvlm.head.weight)
+        return contrastive, next_token
+
+    def forward(self, batch):
+        """The overall loss (paper Sec. 3.2.3): L = L_con + weight * L_CE, 0-d."""
+        contrastive, next_token = self.losses(batch)
+        return contrastive + self.settings.next_token_weight * next_token
+
+    @torch.no_grad()
+    def encode_image(self, images, batch_size=64):
+        """PIL pictures or paths -> f_v, (B, D) float32, L2-normalised, on the model's device."""
+        sequence, parts = self.image_sequence(), []
+        for start in range(0, len(images), batch_size):
+            pixels = torch.stack([self.image_processor(data.open_image(image)) for image in images[start : start + batch_size]]).to(self.lvlm.device)
+            batch = collate([sequence] * len(pixels), self.tokenizer.pad_id).to(self.lvlm.device)
+            parts.append(summary_embedding(self.hidden(batch, "image", pixels), batch.summary))
+        return torch.cat(parts) if parts else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+
+    @torch.no_grad()
+    def encode_text(self, texts, batch_size=128):
+        """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in the order given. Batches hold similar lengths."""
+        if isinstance(texts, str):
+            raise ValueError("encode_text wants a list of strings, got one string: put it in a list")
+        sequences = [self.text_sequence(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(sequences[i].ids))
+        out = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = collate([sequences[i] for i in rows], self.tokenizer.pad_id).to(self.lvlm.device)
+            out[rows] = summary_embedding(self.hidden(batch, "text"), batch.summary).to(out.dtype)
+        return out
+
+    @torch.no_grad()
+    def generate_batch(self, images, prompts, max_new_tokens=128):
+        """Greedy answers to one prompt per picture, LLaVA-1.5's template; adapters as they are (`adapter_disabled()` for the original)."""
+        sequences = [self.sequence(GENERATE_TEMPLATE, self.tokenizer.checked(prompt)) for prompt in prompts]
+        batch = collate(sequences, self.tokenizer.pad_id).to(self.lvlm.device)
+        pixels = torch.stack([self.image_processor(data.open_image(image)) for image in images]).to(self.lvlm.device)
+        embeds = lvlm_module.place(self.lvlm.embed(batch.ids), self.lvlm.image_features(pixels), batch.image_slots)
+        answers = lvlm_module.generate(self.lvlm, embeds, batch.summary + 1, self.tokenizer.eos_id, max_new_tokens)
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+    def generate(self, image, prompt, max_new_tokens=128):
+        """Greedy answer to one prompt about one picture (PIL or path)."""
+        return self.generate_batch([image], [prompt], max_new_tokens)[0]
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    def trained(self):
+        """[(name, parameter)] of everything that is trained; all else is frozen."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def adapter_state(self):
+        """All that an adapter is: {"lora.<layer>.lora_a": ..., "soft_prompt.image": ..., "log_temperature": ...} in float32 on the host."""
+        state = {f"lora.{name}": tensor for name, tensor in lora.lora_state(self.lvlm.decoder).items()}
+        state |= {f"soft_prompt.{modality}": vectors for modality, vectors in self.soft_prompts.items()}
+        return {name: t.detach().to("cpu").contiguous() for name, t in {**state, "log_temperature": self.log_temperature}.items()}
+
+    def save_adapter(self, folder):
+        """Write folder/adapter.safetensors: LoRA, soft prompts, temperature, and the settings they were trained with."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "settings": json.dumps(dataclasses.asdict(self.settings)), "base": self.name}
+        unfinished = folder / "adapter.safetensors.partial"
+        save_file(self.adapter_state(), unfinished, metadata=metadata)
+        unfinished.replace(folder / "adapter.safetensors")
+
+    def load_adapter_state(self, state, source):
+        """Copy an adapter's tensors into this model's; strict on names and shapes."""
+        own = self.adapter_state()
+        try:
+            lvlm_module.check_keys({name: t.shape for name, t in state.items()}, {name: t.shape for name, t in own.items()})
+        except ValueError as error:
+            raise ValueError(f"{source} does not fit {self.name} (was it trained on another model?): {error}") from None
+        places = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, tensor in state.items():
+                ours = name.replace("lora.", "lvlm.decoder.", 1) if name.startswith("lora.") else name.replace("soft_prompt.", "soft_prompts.", 1)
+                places[ours].copy_(tensor)
+
+
+def read_adapter(folder):
+    """(tensors, Settings) of folder/adapter.safetensors; ValueError when there is none or it is something else."""
+    path = Path(folder) / "adapter.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} not found: --adapter wants the folder of a training run (python train.py --out FOLDER writes one)")
+    shard = lvlm_module.open_shard(path)
+    stored = (shard.metadata() or {}).get("settings")
+    if stored is None:
+        raise ValueError(f"{path} carries no settings: it was not written by this project")
+    return {name: shard.get_tensor(name) for name in shard.keys()}, Settings(**json.loads(stored))
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def command(main):
+    """Decorator of every command line here: a ValueError is the user's, so it ends in one line on stderr and exit code 2."""
+
+    def run(argv=None):
+        try:
+            return main(argv)
+        except ValueError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    return run
+
+
+def pick_device(name):
+    """The device asked for, or the first CUDA device, or the CPU."""
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {chosen} is not usable here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def pick_dtype(name):
+    """A torch dtype by name."""
+    if name not in DTYPES:
+        raise ValueError(f"--dtype is {name!r}: one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def add_model_flags(parser):
+    """--model --adapter --device --dtype, the same for every script that takes a model."""
+    parser.add_argument("--model", default="tiny", help="tiny, or a folder in the layout of llava-hf/llava-1.5-7b-hf (default: tiny)")
+    parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+
+
+def load_model(args):
+    """The model that the flags of add_model_flags ask for."""
+    return VladVA.from_pretrained(args.model, args.adapter, pick_device(args.device), pick_dtype(args.dtype))
+
+
+def format_table(header, rows):
+    """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
+    table = [header, *rows]
+    widths = [max(len(row[c]) for row in table) for c in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def is_picture(argument):
+    """Does a command-line argument name a picture rather than say a text?"""
+    return Path(argument).is_file() or Path(argument).suffix.lower() in (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="vladva.py", description="Similarity of pictures and texts.")
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE|TEXT", help="picture files and texts, in any order")
+    add_model_flags(parser)
+    args = parser.parse_args(argv)
+    images, texts = [x for x in args.inputs if is_picture(x)], [x for x in args.inputs if not is_picture(x)]
+    if not images or not texts:
+        raise ValueError(f"{len(images)} pictures and {len(texts)} texts: at least one of each is needed")
+    model = load_model(args)
+    sim = similarity(model.encode_image(images), model.encode_text(texts))  # (images, texts)
+    print(format_table(["", *texts], [[image, *(f"{s:.3f}" for s in row)] for image, row in zip(images, sim.tolist())]))
+
+
+if __name__ == "__main__":
+    main()
