@@ -462,12 +462,12 @@ def few_words(scene, rng):
 def question(scene, rng):
     """A (question, answer) about the scene: where an object is, what is at a place, or how two objects lie to each other."""
     a, b = rng.sample(scene.things, 2)
-    kind = rng.choice(("where", "where", "what", "relation"))
+    kind = rng.choice(("where", "what", "relation", "relation"))
     if kind == "where":
         return f"where is the {' '.join(a.kind)}?", POSITIONS[a.cell]
     if kind == "what":
         return f"what is at the {POSITIONS[a.cell]}?", a.phrase(("size", "texture"))
-    return f"where is the {' '.join(a.kind)} relative to the {' '.join(b.kind)}?", rng.choice(relations(a, b))
+    return f"where is the {' '.join(a.kind)} relative to the {' '.join(b.kind)}?", " and ".join(relations(a, b))
 
 
 # Hard negatives after SugarCrepe: one edit makes the caption false of the scene and leaves its wording alone. "_pos" are this project's

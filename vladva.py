@@ -50,6 +50,16 @@ class Settings:
     next_token_weight: float = 1.0  # ours: the paper's text reads as a plain sum
     image_mode: str = "crop"  # ours: "crop" as llava-hf's processor does, "pad" as the original LLaVA
 
+    def __post_init__(self):
+        if not 0.01 <= self.temperature <= 1:
+            raise ValueError(f"temperature is {self.temperature}: wanted .01 to 1")
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank is {self.rank}: at least 1 is needed (--no-lora trains without adapters)")
+        if self.next_token_weight < 0:
+            raise ValueError(f"next-token weight is {self.next_token_weight}: 0 or more is needed")
+        if not (self.lora or self.soft_prompts):
+            raise ValueError("neither LoRA nor soft prompts: there would be nothing to train")
+
 
 # Sec. 3.2.3; "{...}" is filled in, "<image>" stands for N image tokens. The line break before ASSISTANT: is the paper's print.
 IMAGE_TEMPLATE = "USER: {prompt} <image>\nASSISTANT:"

@@ -11,15 +11,17 @@ Not here: anything discriminative. The result has never seen a contrastive loss.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: contended two-thread steps are 1.6 times faster
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one process a core is twice as fast as one process with two threads
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -33,21 +35,34 @@ from vladva import next_token_loss
 PRETRAIN_SEED = 3000  # its scenes are nobody else's: train.py and eval.py use other seeds
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 
-IMAGE_ASKS = {
-    "one": ("Summarize the provided image in one word:", "Describe the image in one word.", "What is in the image? Answer in one word.", "Name one thing in the image.", "The image in one word:"),
-    "few": ("Describe the image in a few words.", "Summarize the provided image in a few words:", "What is in the image?"),
-    "brief": ("Describe the image briefly.", "Provide a brief description of the image.", "Describe the image.", "Summarize the image in one sentence."),
-    "list": ("List the objects of the image and their places.", "Where are the objects of the image?"),
-    "colour": ("List the colors of the image and their places.",),
-    "shape": ("List the shapes of the image and their places.",),
-    "detail": ("Describe the image in detail.", "Describe the image in detail.", "Give a detailed description of the image.", "Describe what is in the image in detail."),
+# How a family of answers is asked for: the wordings that the method uses come often, the others teach what "in one word" means.
+VERBS = ("Summarize", "Describe", "Express", "Caption")
+NOUNS = {
+    "image": ("the provided image", "the image", "this image", "the picture", "this picture", "the scene", "what is in the image"),
+    "text": ("the provided text", "the text", "this text", "the caption", "this caption", "the sentence", "what is in the text"),
 }
-TEXT_ASKS = {
-    "one": ("Summarize the provided text in one word:", "Describe the text in one word.", "What is in the text? Answer in one word.", "Name one thing in the text.", "The text in one word:"),
-    "few": ("Describe the text in a few words.", "Summarize the provided text in a few words:", "What is in the text?"),
-    "brief": ("Say the text in other words.", "Describe the text briefly.", "Rewrite the text."),
-    "list": ("List the objects of the text.",),
+MANNERS = {
+    "one": ("in one word:", "in one word.", "in a single word:", "with one word.", "using only one word:"),
+    "few": ("in a few words:", "in a few words.", "in two or three words.", "with a few key words."),
+    "brief": ("briefly.", "in one sentence.", "in a short sentence.", "in brief."),
+    "detail": ("in detail.", "in full detail.", "with all details.", "at length."),
 }
+OWN = {  # wordings of their own, {noun} without its article's variants
+    "one": ("Summarize the provided {noun} in one word:", "Name one thing in the {noun}.", "What is in the {noun}? Answer in one word.", "The {noun} in one word:", "Give one word about the {noun}."),
+    "few": ("What is in the {noun}?", "Name two things in the {noun}.", "Give the main objects of the {noun}."),
+    "brief": ("Describe the {noun}.", "Provide a brief description of the {noun}.", "Give a short description of the {noun}.", "Describe what is happening in the {noun}.", "Say it in other words."),
+    "detail": ("Describe the {noun} in detail.", "Describe the {noun} in detail.", "Give a detailed description of the {noun}.", "Provide a long and detailed description of the {noun}.", "Tell me everything about the {noun}."),
+    "list": ("List the objects of the {noun} and their places.", "Where are the objects of the {noun}?"),
+    "colour": ("List the colors of the {noun} and their places.",),
+    "shape": ("List the shapes of the {noun} and their places.",),
+}
+
+
+def ask_for(family, modality, rng):
+    """A prompt of a family ("one" word, "few" words, "brief", "detail", "list", ...) about an "image" or a "text"."""
+    if family in MANNERS and rng.random() < 0.5:
+        return f"{rng.choice(VERBS)} {rng.choice(NOUNS[modality])} {rng.choice(MANNERS[family])}"
+    return rng.choice(OWN[family]).format(noun=modality)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -55,7 +70,8 @@ TEXT_ASKS = {
 
 def vocabulary_words():
     """Every word and mark that captions, questions and prompts use, without and with the blank before it."""
-    texts = [prompt for asks in (IMAGE_ASKS, TEXT_ASKS) for prompts in asks.values() for prompt in prompts] + ["USER: ASSISTANT:\n"]
+    rng = random.Random(0)
+    texts = [ask_for(family, modality, rng) for family in OWN for modality in NOUNS for _ in range(200)] + ["USER: ASSISTANT:\n"]
     for index in range(400):
         scene, rng = data.make_scene(PRETRAIN_SEED - 1, index), random.Random(index)
         texts += [str(data.short_caption(scene, rng)), data.long_caption(scene, rng), *data.question(scene, rng)]
@@ -64,7 +80,6 @@ def vocabulary_words():
     return sorted(words)
 
 
-EARLY_SHARE, EARLY_UNTIL = 0.9, 0.3
 WORD_PATTERN = r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+?"
 
 
@@ -178,62 +193,59 @@ def normalise(pictures):
     return ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def warm_up(lvlm, tokenizer, pictures, labels, minutes, log, seed):
+def warm_up(lvlm, tokenizer, pictures, labels, args):
     """Teach vision tower and projector to say, in every patch, the decoder's words for what is there."""
     words = {family: torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in names]) for family, names in FAMILIES.items()}
     parameters = [*lvlm.vision.parameters(), *lvlm.projector.parameters(), lvlm.decoder.embed_tokens.weight]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    rng, start, step = torch.Generator().manual_seed(seed), time.time(), 0
-    while (done := (time.time() - start) / (60 * minutes)) < 1:
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in range(args.warm_up_steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * max(0.02, math.cos(done * math.pi / 2))
-        rows = torch.randint(len(pictures), (64,), generator=rng)
+            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * max(0.02, math.cos(step / args.warm_up_steps * math.pi / 2))
+        rows = torch.randint(len(pictures), (64,), generator=generator)
         tokens = lvlm.image_features(normalise(pictures[rows]))  # (B, N, D)
-        table = F.layer_norm(tokens, tokens.shape[-1:])
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
         loss, right = 0, {}
         for family in FAMILIES:
-            logits = table @ lvlm.decoder.embed_tokens.weight[words[family]].T  # (B, N, words)
+            logits = tokens @ lvlm.decoder.embed_tokens.weight[words[family]].T  # (B, N, words)
             target = labels[family][rows]
-            weight = 1.0 if family != "background" else 0.25
-            loss = loss + weight * F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-            counted = target != -100
-            right[family] = (logits.argmax(-1) == target)[counted].float().mean().item()
+            loss = loss + (0.25 if family == "background" else 1.0) * F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+            right[family] = (logits.argmax(-1) == target)[target != -100].float().mean().item()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
-        if step % 50 == 0:
-            log(f"warm-up step {step} {done:4.0%} loss {loss.item():.3f} " + " ".join(f"{family} {value:.3f}" for family, value in right.items()))
-    return right
+        if (step + 1) % 100 == 0:
+            log(f"warm-up step {step + 1} loss {loss.item():.3f} patches right: " + " ".join(f"{family} {value:.3f}" for family, value in right.items()))
 
 
 # ------------------------------------------------------------------------------------------------------ stage 2: conversations
 
 
-def image_turns(scene, rng, progress):
-    """[(ask, answer), ...] about a picture; the mix moves from looking things up towards describing."""
-    roll = rng.random()
-    if len(scene.things) > 4:  # first of all, look-ups, as many as a picture can hold
+def image_turns(scene, rng):
+    """[(ask, answer), ...] about a picture."""
+    if len(scene.things) > 4:  # a crowded scene is there for its look-ups: as many as a picture can hold
         name = rng.choice(("colour", "shape", "kind", "kind", "kind"))
-        values = [getattr(thing, name) for thing in scene.things]
-        things = [thing for thing in rng.sample(scene.things, len(scene.things)) if values.count(getattr(thing, name)) == 1]
-        if name != "kind" and things:
-            return [(rng.choice(IMAGE_ASKS[name]), ", ".join(f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things))]
+        values = [getattr(thing, name, None) for thing in scene.things]
+        things = [thing for thing in rng.sample(scene.things, len(scene.things)) if values.count(getattr(thing, name, None)) == 1]
+        if name in ("colour", "shape") and things:
+            return [(ask_for(name, "image", rng), ", ".join(f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things))]
         caption = data.Caption(rng.choice(data.OPENINGS), tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things))), None, True, None)
-        return [(rng.choice(IMAGE_ASKS["list"]), str(caption))]
-    if roll < 0.4:  # noun first, shuffled: every position is a look-up
-        caption = data.short_caption(scene, rng, "position", mentions=len(scene.things))
-        return [(rng.choice(IMAGE_ASKS["list"]), str(caption))]
-    if roll < 0.62:
-        return [(rng.choice(IMAGE_ASKS["detail"]), data.long_caption(scene, rng))]
-    if roll < 0.75:
-        return [(rng.choice(IMAGE_ASKS["brief"]), str(data.short_caption(scene, rng)))]
-    if roll < 0.80:
-        return [(rng.choice(IMAGE_ASKS["few"]), data.few_words(scene, rng))] + [data.question(scene, rng)]
-    if roll < 0.97:
-        return [(rng.choice(IMAGE_ASKS["one"]), data.one_word(scene, rng))] + [data.question(scene, rng) for _ in range(2)]
-    return [(rng.choice(IMAGE_ASKS["one"]), ""), (rng.choice(IMAGE_ASKS["detail"][:1]), data.long_caption(scene, rng))]
+        return [(ask_for("list", "image", rng), str(caption))]
+    kind = rng.choices(("list", "detail", "brief", "few", "questions", "one", "second"), (16, 26, 18, 3, 24, 10, 3))[0]
+    if kind == "list":
+        return [(ask_for("list", "image", rng), str(data.short_caption(scene, rng, "position", mentions=len(scene.things))))]
+    if kind == "detail":
+        return [(ask_for("detail", "image", rng), data.long_caption(scene, rng))]
+    if kind == "brief":
+        return [(ask_for("brief", "image", rng), str(data.short_caption(scene, rng)))]
+    if kind == "few":
+        return [(ask_for("few", "image", rng), data.few_words(scene, rng)), data.question(scene, rng)]
+    if kind == "questions":
+        return [data.question(scene, rng) for _ in range(4)]
+    if kind == "one":
+        return [(ask_for("one", "image", rng), data.one_word(scene, rng)), data.question(scene, rng), data.question(scene, rng)]
+    return [(ask_for("one", "image", rng), ""), ("Describe the image in detail.", data.long_caption(scene, rng))]
 
 
 def text_turns(scene, rng):
@@ -242,13 +254,13 @@ def text_turns(scene, rng):
     told = dataclasses_scene(scene, caption)
     roll = rng.random()
     if roll < 0.3:
-        ask, answer = rng.choice(TEXT_ASKS["one"]), caption_word(caption, rng)
+        ask, answer = ask_for("one", "text", rng), caption_word(caption, rng)
     elif roll < 0.45:
-        ask, answer = rng.choice(TEXT_ASKS["few"]), data.few_words(told, rng)
+        ask, answer = ask_for("few", "text", rng), data.few_words(told, rng)
     elif roll < 0.75:
-        ask, answer = rng.choice(TEXT_ASKS["brief"]), str(paraphrase(caption, rng))
+        ask, answer = ask_for(rng.choice(("brief", "brief", "detail")), "text", rng), str(paraphrase(caption, rng))
     else:
-        ask, answer = rng.choice(TEXT_ASKS["list"]), ", ".join(" ".join(thing.kind) for thing in told.things)
+        ask, answer = ask_for("list", "text", rng), ", ".join(" ".join(thing.kind) for thing in told.things)
     turns = [(f"{ask} {caption}", answer)]
     if caption.positions:
         turns += [data.question(told, rng)]
@@ -321,7 +333,7 @@ def collate(rows, pad):
     """Right-padded ids (B, T), flat indices of the predicting tokens, their targets, image slots (B,)."""
     width = max(len(ids) for ids, _, _ in rows)
     table = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _, _ in rows])
-    index = [b * width + t for b, (_, asked, _) in enumerate(rows) for t, flag in enumerate(asked) if flag]
+    index = [b * width + t for b, (ids, asked, _) in enumerate(rows) for t, flag in enumerate(asked) if flag and t + 1 < len(ids)]
     targets = [rows[i // width][0][i % width + 1] for i in index]
     return table, torch.tensor(index), torch.tensor(targets), torch.tensor([slot for _, _, slot in rows])
 
@@ -338,87 +350,102 @@ def sequence_loss(lvlm, batch, features):
 
 @torch.no_grad()
 def probe(lvlm, encoder, scenes, features):
-    """Share of "where is the ...?" and "... relative to ...?" answered right, one question a scene."""
+    """Share right, one question a scene: "where is the ...?", "... relative to ...?", and the first place of a shuffled list."""
     result = {}
-    for kind in ("where", "relative"):
+    for kind in ("where", "relative", "listed", "colour"):
         rows, options = [], []
         for i, scene in enumerate(scenes):
             rng = random.Random(i)
             a, b = rng.sample(scene.things, 2)
-            if kind == "where":
-                ask, good = f"where is the {' '.join(a.kind)}?", [data.POSITIONS[a.cell]]
-            else:
-                ask, good = f"where is the {' '.join(a.kind)} relative to the {' '.join(b.kind)}?", data.relations(a, b)
-            rows.append(encoder.encode([(ask, good[0])], True, i % 2 == 0))
-            options.append([encoder.ids(" " + word)[0] for word in good])
-        ids, index, targets, slots = collate(rows, 4)
-        hidden = lvlm.decoder(place(lvlm.embed(ids), lvlm.projector(features), slots)).flatten(0, 1)
-        firsts = [next(i for i, flag in enumerate(asked) if flag) + b * ids.shape[1] for b, (_, asked, _) in enumerate(rows)]
-        guess = lvlm.head(hidden[torch.tensor(firsts)]).argmax(-1).tolist()
+            name, good = " ".join(a.kind), [data.POSITIONS[a.cell]]
+            turn = {"where": (f"where is the {name}?", ""), "relative": (f"where is the {name} relative to the {' '.join(b.kind)}?", ""),
+                    "listed": (OWN["list"][0].format(noun="image"), f"{'an' if name[0] == 'o' else 'a'} {name}"), "colour": (OWN["colour"][0].format(noun="image"), a.colour)}[kind]  # fmt: skip
+            rows.append(encoder.encode([turn], True, i % 2 == 0))
+            if turn[1]:
+                rows[-1][0].pop()  # the end of sequence: the place comes here
+            options.append([encoder.ids(" " + word)[0] for word in (data.relations(a, b) if kind == "relative" else good)])
+        ids, _, _, slots = collate(rows, 4)
+        hidden = lvlm.decoder(place(lvlm.embed(ids), lvlm.projector(features), slots))
+        last = torch.tensor([len(row[0]) - 1 for row in rows])
+        guess = lvlm.head(hidden[torch.arange(len(rows)), last]).argmax(-1).tolist()
         result[kind] = sum(g in o for g, o in zip(guess, options)) / len(rows)
     return result
 
 
-def generative_stage(lvlm, tokenizer, features, seeds, crowd, minutes, log, args, save):
-    encoder = Encoder(tokenizer, lvlm.config.num_image_tokens)
-    places = torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in data.POSITIONS])
-    sides = torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in ("left", "right", "above", "below")])
+def draw_batches(encoder, scenes, crowd, share, args, rng):
+    """Eight batches of conversations, rows of similar length together: [((picture rows, their scenes), text rows), ...]."""
+    rows = [rng.randrange(crowd, len(scenes)) if rng.random() < share else rng.randrange(crowd) for _ in range(8 * args.batch)]
+    told = sorted(((encoder.encode(image_turns(scenes[row], rng), True, rng.random() < 0.5), row) for row in rows), key=lambda pair: len(pair[0][0]))
+    said = sorted((encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng), False, rng.random() < 0.2) for _ in range(4 * args.batch)), key=lambda row: len(row[0]))
+    half = args.batch // 2
+    batches = [(told[i * args.batch : (i + 1) * args.batch], said[i * half : (i + 1) * half]) for i in range(8)]
+    return rng.sample(batches, 8)
+
+
+def average_gradients(parameters):
+    """Mean of the gradients over the processes, in place."""
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p) / torch.distributed.get_world_size())
+
+
+def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
+    """Eq. 2 on conversations, one process a core, each on its own rows; the gradients are averaged every step."""
+    lvlm = copy.deepcopy(lvlm)  # what spawn passes on lies in shared memory, where the processes would update each other's weights
+    torch.distributed.init_process_group("gloo", init_method=f"file://{args.meeting_place}", rank=rank, world_size=args.workers)
+    encoder, rng, waiting = Encoder(tokenizer, lvlm.config.num_image_tokens), random.Random(f"{args.seed} {rank}"), []
     lvlm.vision.requires_grad_(False)
     parameters = [p for p in lvlm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
-    rng, start, step, seen, pool, text_pool = random.Random(args.seed), time.time(), 0, {}, [], []
-    while (done := (time.time() - start) / (60 * minutes)) < 1:
+    start, sums, looks_up = time.time(), [0.0, 0.0], torch.zeros(1)
+    for step in range(args.steps):
+        done = step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 200) * max(0.01, math.cos(done * math.pi / 2))
-        if not pool:
-            early = EARLY_SHARE * max(0, 1 - done / EARLY_UNTIL)
-            drawn = [rng.randrange(crowd, len(seeds)) if rng.random() < early else rng.randrange(crowd) for _ in range(args.batch * 8)]
-            drawn = sorted(((encoder.encode(image_turns(seeds[row], rng, done), True, rng.random() < 0.5), row) for row in drawn), key=lambda x: len(x[0][0]))
-            pool = [drawn[i : i + args.batch] for i in range(0, len(drawn), args.batch)]
-            told = sorted((encoder.encode(text_turns(seeds[rng.randrange(crowd)], rng), False, rng.random() < 0.2) for _ in range(args.batch * 4)), key=lambda x: len(x[0]))
-            text_pool = [told[i : i + args.batch // 2] for i in range(0, len(told), args.batch // 2)]
-            rng.shuffle(pool), rng.shuffle(text_pool)
-        chosen = pool.pop()
-        rows, pictures, texts = [row for _, row in chosen], collate([e for e, _ in chosen], 4), collate(text_pool.pop(), 4)
-        hidden, targets, image_loss = sequence_loss(lvlm, pictures, features[torch.tensor(rows)].float())
-        _, _, text_loss = sequence_loss(lvlm, texts, None)
+            group["lr"] = args.lr * min(1, (step + 1) / 300) * max(0.01, 0.5 * (1 + math.cos(done * math.pi)))
+        if not waiting:
+            waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, args, rng)
+        told, said = waiting.pop()
+        _, _, image_loss = sequence_loss(lvlm, collate([row for row, _ in told], 4), features[torch.tensor([row for _, row in told])].float())
+        _, _, text_loss = sequence_loss(lvlm, collate(said, 4), None)
         optimizer.zero_grad()
         (image_loss + 0.5 * text_loss).backward()
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
-        if step % 20 == 0:
-            with torch.no_grad():
-                guess = lvlm.head(hidden).argmax(-1)
-            for name, family in (("place", places), ("side", sides)):
-                counted = torch.isin(targets, family)
-                hit, total = seen.get(name, (0, 0))
-                seen[name] = hit + (guess == targets)[counted].sum().item(), total + counted.sum().item()
-            hit, total, n = seen.get("loss", (0, 0, 0))
-            seen["loss"] = hit + image_loss.item(), total + text_loss.item(), n + 1
-        if step % 50 == 0:
-            i, t, n = seen.pop("loss")
-            log(f"step {step} {done:4.0%} {(time.time() - start) / step:.3f} s/step image {i / n:.3f} text {t / n:.3f} " + " ".join(f"{k} {h / max(1, m):.3f}" for k, (h, m) in seen.items()))
-            seen = {}
-        if step % 100 == 0:
-            log("probe " + " ".join(f"{k} {v:.3f}" for k, v in probe(lvlm, encoder, seeds[:200], features[:200].float()).items()))
-        if step % 2000 == 0:
-            save()
+        sums = [sums[0] + image_loss.item(), sums[1] + text_loss.item()]
+        if rank == 0 and (step + 1) % 100 == 0:
+            log(f"step {step + 1} {done:4.0%} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}")
+            sums = [0.0, 0.0]
+        if rank == 0 and (step + 1) % 200 == 0:
+            for name, first in (("usual", 0), ("crowded", crowd)):
+                answers = probe(lvlm, encoder, scenes[first : first + 200], features[first : first + 200].float())
+                log(f"    {name} scenes: " + " ".join(f"{kind} {share:.3f}" for kind, share in answers.items()))
+            looks_up += answers["listed"] >= args.look_up_until
+        torch.distributed.broadcast(looks_up, 0)
+        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == args.steps):
+            save_folder(lvlm, tokenizer, args.out)
+
+
+def log(line):
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="assets/tiny")
-    parser.add_argument("--minutes", type=float, default=70, help="of the generative stage")
-    parser.add_argument("--warm-minutes", type=float, default=5)
-    parser.add_argument("--scenes", type=int, default=30000)
+    parser.add_argument("--steps", type=int, default=9000, help="of the generative stage")
+    parser.add_argument("--look-up-until", type=float, default=0.85, help="crowded scenes mostly, until so many of their look-ups are right")
+    parser.add_argument("--warm-up-steps", type=int, default=1000, help="of the warm-up of the vision tower")
+    parser.add_argument("--warm", metavar="FILE", help="keep the warmed-up weights in FILE, or start from them when it exists")
+    parser.add_argument("--scenes", type=int, default=20000)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=16, help="pictures a process; half as many texts")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one a core")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm-from", default=None)
     args = parser.parse_args(argv)
-    log = lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+    args.meeting_place = tempfile.mktemp()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size(), args.layers)))
@@ -430,24 +457,18 @@ def main(argv=None):
     labels = [patch_labels(s, 6) for s in scenes]
     labels = {family: torch.stack([l[family] for l in labels]) for family in FAMILIES}
     log("rendered")
-    if args.warm_from:
-        state = torch.load(args.warm_from, weights_only=True)
-        order = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
-        keep = [i for t, i in order if t.strip("Ġ") not in ("colors", "shapes")]
-        table = lvlm.decoder.embed_tokens.weight.detach().clone()
-        table[keep] = state["decoder.embed_tokens.weight"]
-        state["decoder.embed_tokens.weight"] = state["head.weight"] = table
-        lvlm.load_state_dict({**lvlm.state_dict(), **state})
+    torch.set_num_threads(2)
+    if args.warm and Path(args.warm).exists():
+        lvlm.load_state_dict(torch.load(args.warm, weights_only=True))
     else:
-        warm_up(lvlm, tokenizer, pictures, labels, args.warm_minutes, log, args.seed)
-        torch.save({k: v for k, v in lvlm.state_dict().items() if k.startswith(("vision", "projector", "decoder.embed_tokens", "head"))}, "/tmp/warm.pt")
+        warm_up(lvlm, tokenizer, pictures, labels, args)
+        if args.warm:
+            torch.save(lvlm.state_dict(), args.warm)
     with torch.no_grad():
         features = torch.cat([lvlm.vision(normalise(chunk)).half() for chunk in pictures.split(512)])
     log(f"features {tuple(features.shape)}")
-    def save():
-        save_folder(lvlm, tokenizer, args.out)
-    generative_stage(lvlm, tokenizer, features, scenes, args.scenes, args.minutes, log, args, save)
-    save()
+    del pictures, labels
+    torch.multiprocessing.spawn(generative_stage, (lvlm, tokenizer, features, scenes, args.scenes, args), nprocs=args.workers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""LoRA: fresh changes nothing, disabled is the frozen model to the bit, merged equals unmerged, and the arithmetic is the paper's."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"q_proj": nn.Linear(12, 8, bias=False), "other": nn.Linear(12, 8, bias=False)})
+
+
+def shaken(module):
+    for _, layer in lora.lora_layers(module):
+        nn.init.normal_(layer.lora_b)
+    return module
+
+
+def test_layer_is_w0_plus_scaled_ba():
+    module, x = small(), torch.randn(5, 12)
+    weight = module["q_proj"].weight.clone()
+    assert lora.attach(module, rank=3, alpha=6) == 1  # "other" is no target
+    layer = shaken(module)["q_proj"]
+    wanted = x @ weight.T + (6 / 3) * x @ layer.lora_a.T @ layer.lora_b.T
+    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)  # float32 rounding in another order
+
+
+def test_fresh_adapter_changes_nothing():
+    module, x = small(), torch.randn(5, 12)
+    before = module["q_proj"](x)
+    lora.attach(module, rank=3, alpha=6)
+    assert torch.equal(module["q_proj"](x), before)
+
+
+def test_disabled_is_the_frozen_layer_to_the_bit_and_only_inside():
+    module, x = small(), torch.randn(5, 12)
+    before = module["q_proj"](x)
+    lora.attach(module, rank=3, alpha=6)
+    shaken(module)
+    with lora.disabled(module):
+        assert torch.equal(module["q_proj"](x), before)
+    assert not torch.allclose(module["q_proj"](x), before)
+
+
+def test_merged_equals_unmerged():
+    module, x = small(), torch.randn(5, 12)
+    lora.attach(module, rank=3, alpha=6)
+    unmerged = shaken(module)["q_proj"](x)
+    assert lora.merge(module) == 1 and type(module["q_proj"]) is nn.Linear
+    torch.testing.assert_close(module["q_proj"](x), unmerged, atol=1e-5, rtol=1e-5)  # float32 rounding in another order
+
+
+def test_only_a_and_b_get_gradients(random_model):
+    names = {name.rsplit(".", 1)[-1] for name, _ in random_model.trained() if "lora" in name}
+    assert names == {"lora_a", "lora_b"}
+    layers = lora.lora_layers(random_model.lvlm)
+    assert len(layers) == 7 * random_model.lvlm.config.decoder.num_hidden_layers  # q, k, v, o, gate, up, down
+    assert not any(layer.weight.requires_grad for _, layer in layers)
+
+
+@pytest.mark.parametrize("call, message", [(lambda m: lora.attach(m, 0, 1), "rank is 0"), (lambda m: lora.attach(m, 2, 2) and lora.attach(m, 2, 2), "LoRA layers already")])
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small())
+
+
+def test_a_layer_with_bias_is_refused():
+    with pytest.raises(ValueError, match="without bias"):
+        lora.LoRALinear(nn.Linear(3, 3), 2, 2)
