@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,13 @@ def model_folder(name):
     if not folder.is_dir():
         raise ValueError(f"no model folder {str(name)!r}: give {' or '.join(NAMES)}, or a folder in the layout of llava-hf/llava-1.5-7b-hf")
     return folder
+
+
+def copy_companions(source, target):
+    """Copy the small json files of a model folder, all but those that describe weights and tokens."""
+    for path in Path(source).glob("*.json"):
+        if path.name not in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+            shutil.copy(path, target)
 
 
 class Tokenizer:
@@ -68,6 +76,12 @@ class Tokenizer:
     def decode(self, ids):
         """Text of token ids, special tokens left out."""
         return self.inner.decode(ids)
+
+    def with_tokens(self, names):
+        """A copy of the tokenizers.Tokenizer with special tokens added at its end."""
+        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        copy.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+        return copy
 
     def checked(self, text):
         """The text without blanks at its ends, or ValueError: empty, or holding what would become a special token."""

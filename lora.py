@@ -34,9 +34,11 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
-    def update(self):
-        """(alpha / R) B A, (out, in) in float32."""
-        return (self.lora_b @ self.lora_a) * (self.alpha / self.rank)
+    @torch.no_grad()
+    def folded(self):
+        """W0 + (alpha / R) B A, (out, in), summed in float32 and rounded once to W0's dtype."""
+        update = (self.lora_b @ self.lora_a) * (self.alpha / self.rank)
+        return (self.weight.float() + update).to(self.weight.dtype)
 
     def forward(self, x):
         frozen = F.linear(x, self.weight)
@@ -85,14 +87,12 @@ def disabled(module):
             layer.enabled = enabled
 
 
-@torch.no_grad()
 def merge(module):
     """Fold every update into its weight, in float32, and put plain linears back. There is no way back but to reload."""
 
     def merged(layer):
         linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
-        folded = (layer.weight.float() + layer.update()).to(layer.weight.dtype)
-        linear.weight = nn.Parameter(folded, requires_grad=False)
+        linear.weight = nn.Parameter(layer.folded(), requires_grad=False)
         return linear
 
     return replace_layers(module, lambda _, child: isinstance(child, LoRALinear), merged)

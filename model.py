@@ -14,13 +14,12 @@ Letters in the shape comments:
 """
 
 import json
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -437,9 +436,7 @@ def open_shard(path):
     """A memory-mapped safetensors file; ValueError when it is truncated or something else."""
     try:
         return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own type for any broken file
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, (OSError, struct.error)):
-            raise
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}): truncated download, or another format") from None
 
 
@@ -485,8 +482,13 @@ def load_lvlm(folder, device="cpu", dtype=torch.float32):
 
 def save_lvlm(lvlm, folder, dtype):
     """Write config.json and model.safetensors in the hub's layout; load_lvlm and transformers read them back."""
+    save_weights(dict(lvlm.named_parameters()), lvlm.config.raw, folder, dtype)
+
+
+def save_weights(tensors, raw_config, folder, dtype):
+    """Write tensors under this project's names, and a config.json, as a folder in the hub's layout."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(lvlm.config.raw, indent=2) + "\n", encoding="utf-8")
-    tensors = {to_hub(name): p.detach().to("cpu", dtype).contiguous() for name, p in lvlm.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
+    hub = {to_hub(name): tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})

@@ -97,6 +97,8 @@ def optimisation_step(model, batch, optimizer, clip):
     batch = batch.to(model.lvlm.device)
     contrastive, next_token = model.losses(batch)
     loss = contrastive + model.settings.next_token_weight * next_token
+    if not loss.requires_grad:
+        raise ValueError("a batch gives neither loss anything to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], clip)
@@ -203,7 +205,8 @@ def open_data(config, model):
         raise ValueError(f"--holdout {count} leaves fewer than 2 of the {len(pairs)} rows to train on")
     shuffled = random.Random("holdout").sample(pairs.rows, len(pairs))
     chosen = [row for row in shuffled if row["short"]][:count]
-    pairs.rows = [row for row in pairs.rows if row not in chosen]
+    kept_out = {row["where"] for row in chosen}
+    pairs.rows = [row for row in pairs.rows if row["where"] not in kept_out]
     if len(chosen) < 2:
         print(f"nothing held out of {len(pairs)} rows: no table before and after (--holdout N keeps N rows out)")
     return pairs, HeldOutRows(chosen)

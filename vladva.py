@@ -388,6 +388,51 @@ class VladVA(nn.Module):
         save_file(self.adapter_state(), unfinished, metadata=metadata)
         unfinished.replace(folder / "adapter.safetensors")
 
+    def save_merged(self, folder):
+        """Write an adapted model as a plain LLaVA folder: LoRA folded in, soft prompts as added tokens with their own embeddings.
+
+        folder/vladva.json holds the two prompt strings whose last token is the embedding, for transformers or any other reader:
+        {"image": "USER:<image_prompt_0>...<image>...", "text": "...{caption}..."}. Raises ValueError when there is no adapter.
+        """
+        if not self.adapted:
+            raise ValueError("there is no adapter to merge: load one, or train one with train.py")
+        tensors = {name: p for name, p in self.lvlm.named_parameters() if "lora_" not in name}
+        tensors |= {f"decoder.{name}.weight": layer.folded() for name, layer in lora.lora_layers(self.lvlm.decoder)}
+        added, prompts = self.soft_prompt_tokens()
+        tokenizer = self.tokenizer.with_tokens([name for name, _ in added])
+        self.check_merged_prompts(tokenizer, prompts)
+        raw = json.loads(json.dumps(self.lvlm.config.raw))
+        if added:
+            first = tokenizer.token_to_id(added[0][0])
+            rows = torch.stack([vector for _, vector in added]).to(tensors["decoder.embed_tokens.weight"])  # (tokens, D)
+            for name in {"decoder.embed_tokens.weight", "head.weight"} & tensors.keys():
+                tensors[name] = grown(tensors[name], first, rows if name.startswith("decoder") else torch.zeros_like(rows))
+            raw["text_config"]["vocab_size"] = len(tensors["decoder.embed_tokens.weight"])
+        lvlm_module.save_weights(tensors, raw, folder, self.lvlm.dtype)
+        data.copy_companions(data.model_folder(self.name), folder)
+        tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "vladva.json").write_text(json.dumps(prompts, indent=2) + "\n", encoding="utf-8")
+
+    def soft_prompt_tokens(self):
+        """([(added token, its embedding), ...], {"image": prompt string, "text": prompt string with {caption}}) for save_merged."""
+        added, prompts = [], {"image": IMAGE_TEMPLATE.format(prompt=self.settings.image_prompt), "text": TEXT_TEMPLATE.format(prompt=self.settings.text_prompt, caption="{caption}")}
+        for modality, vectors in self.soft_prompts.items():
+            names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
+            added += zip(names, vectors.detach())
+            prompts[modality] = {"image": IMAGE_TEMPLATE, "text": TEXT_TEMPLATE}[modality].replace(" {prompt}", "".join(names))
+        return added, prompts
+
+    def check_merged_prompts(self, tokenizer, prompts):
+        """ValueError unless the prompt strings of a merged model tokenise to the hand prompts' ids with the added tokens in their place."""
+        hand = {"image": (IMAGE_TEMPLATE.format(prompt=self.settings.image_prompt), self.image_sequence()),
+                "text": (TEXT_TEMPLATE.format(prompt=self.settings.text_prompt, caption="a"), self.text_sequence("a"))}  # fmt: skip
+        for modality, (text, sequence) in hand.items():
+            wanted, end = self.tokenizer.encode(text).ids, sequence.prompt_slot + sequence.prompt_length
+            if modality in self.soft_prompts:
+                wanted[sequence.prompt_slot : end] = [tokenizer.token_to_id(f"<{modality}_prompt_{i}>") for i in range(sequence.prompt_length)]
+            if tokenizer.encode(prompts[modality].replace("{caption}", "a")).ids != wanted:
+                raise ValueError(f"this model's tokenizer reads {prompts[modality]!r} as other tokens than the trained prompt: the merged model would embed differently")
+
     def load_adapter_state(self, state, source):
         """Copy an adapter's tensors into this model's; strict on names and shapes."""
         own = self.adapter_state()
@@ -400,6 +445,13 @@ class VladVA(nn.Module):
             for name, tensor in state.items():
                 ours = name.replace("lora.", "lvlm.decoder.", 1) if name.startswith("lora.") else name.replace("soft_prompt.", "soft_prompts.", 1)
                 places[ours].copy_(tensor)
+
+
+def grown(table, first, rows):
+    """A copy of table (V, D) that holds rows from index `first` on, longer if they reach beyond its end."""
+    out = torch.cat([table, table.new_zeros(max(0, first + len(rows) - len(table)), table.shape[1])])
+    out[first : first + len(rows)] = rows
+    return out
 
 
 def read_adapter(folder):

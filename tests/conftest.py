@@ -41,10 +41,8 @@ def random_folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("random"), random_config())
 
 
-@pytest.fixture
-def random_model(random_folder):
-    """A fresh random VladVA with adapters attached and made to matter (lora_b is not zero)."""
-    model = VladVA.from_pretrained(random_folder, settings=Settings(rank=4))
+def shaken(model):
+    """The model with adapters attached and made to matter: lora_b is not zero, soft prompts are not the hand prompts."""
     torch.manual_seed(1)
     model.attach()
     with torch.no_grad():
@@ -52,6 +50,12 @@ def random_model(random_folder):
             if "lora_b" in name or "soft" in name:
                 p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+@pytest.fixture
+def random_model(random_folder):
+    """A fresh random VladVA with a shaken adapter."""
+    return shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4)))
 
 
 @pytest.fixture(scope="session")

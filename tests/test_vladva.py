@@ -1,5 +1,6 @@
 """The method: closed forms of the losses and measures, invariances of the embeddings, soft prompts, saving and loading."""
 
+import json
 import math
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import data
+import lora
+import model as lvlm_module
 import vladva
+from conftest import make_folder, random_config, shaken
 from vladva import Settings, VladVA
 
 ROUNDING = dict(atol=2e-5, rtol=2e-5)  # float32 sums in another order, on embeddings of length 1
@@ -241,6 +245,30 @@ def test_an_adapter_of_another_model_is_refused(random_model, tmp_path):
     random_model.save_adapter(tmp_path)
     with pytest.raises(ValueError, match="does not fit tiny"):
         VladVA.from_pretrained("tiny", adapter=tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_merged_folder_embeds_the_same_from_its_documented_prompts(tied, tmp_path, scene_rows):
+    """Plain decoder, no LoRA, no soft prompts: the strings of vladva.json alone."""
+    model = shaken(VladVA.from_pretrained(make_folder(tmp_path, random_config(tie_word_embeddings=tied)), settings=Settings(rank=4)))
+    model.save_merged(tmp_path / "merged")
+    plain, prompts = VladVA.from_pretrained(tmp_path / "merged"), json.loads((tmp_path / "merged" / "vladva.json").read_text())
+    assert not lora.lora_layers(plain.lvlm)
+    ids = plain.tokenizer.encode(prompts["text"].format(caption="a red circle")).ids
+    with torch.no_grad():
+        text_emb = F.normalize(plain.lvlm.decoder(plain.lvlm.embed(torch.tensor([ids])))[:, -1], dim=-1)
+        ids = plain.tokenizer.encode(prompts["image"]).ids
+        slot = ids.index(plain.tokenizer.image_id)
+        ids[slot : slot + 1] = [plain.tokenizer.image_id] * plain.lvlm.config.num_image_tokens
+        features = plain.lvlm.image_features(plain.image_processor(scene_rows[0]["image"])[None])
+        image_emb = F.normalize(plain.lvlm.decoder(lvlm_module.place(plain.lvlm.embed(torch.tensor([ids])), features, torch.tensor([slot])))[:, -1], dim=-1)
+    torch.testing.assert_close(text_emb, model.encode_text(["a red circle"]), **ROUNDING)
+    torch.testing.assert_close(image_emb, model.encode_image([scene_rows[0]["image"]]), **ROUNDING)
+
+
+def test_nothing_to_merge_is_refused(random_folder, tmp_path):
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        VladVA.from_pretrained(random_folder).save_merged(tmp_path)
 
 
 def test_missing_and_foreign_adapters_are_refused(random_folder, tmp_path):
