@@ -63,7 +63,9 @@ class Tokenizer:
         self.eos, self.image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
         self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
         if self.eos is None or self.image != "<image>":
-            raise ValueError(f"{path} has {self.image!r} at id {self.image_id} and {self.eos!r} at id {self.eos_id}: config.json and tokenizer.json do not belong together")
+            raise ValueError(
+                f"{path} has {self.image!r} at id {self.image_id} and {self.eos!r} at id {self.eos_id}: config.json and tokenizer.json do not belong together"
+            )
         if self.inner.encode("a").ids[0] != self.bos_id or self.inner.encode("a").ids.count(self.bos_id) != 1:
             raise ValueError(f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer")
         if self.inner.get_vocab_size() > config.decoder.vocab_size:
@@ -211,6 +213,7 @@ def parse_pair(line, where, folder):
 class Pairs:
     """The usable rows of a pairs file. `bad` holds the message of every skipped one (on_bad "skip"); "error" raises at the first."""
 
+    together = 1  # neighbouring rows that share a batch
     CHECK_FIRST = 5000  # rows up to which every picture is decoded once before training, so that a broken one shows now and not in an hour
 
     def __init__(self, path, tokenizer, on_bad="error"):
@@ -225,7 +228,9 @@ class Pairs:
             if line.strip():
                 self.keep(line, f"{path}:{number}", tokenizer, decode=len(lines) <= self.CHECK_FIRST, on_bad=on_bad)
         if len(self.rows) < 2:
-            raise ValueError(f"{path}: {len(self.rows)} usable rows ({len(self.bad)} bad); at least 2 are needed" + (f"; first: {self.bad[0]}" if self.bad else ""))
+            raise ValueError(
+                f"{path}: {len(self.rows)} usable rows ({len(self.bad)} bad); at least 2 are needed" + (f"; first: {self.bad[0]}" if self.bad else "")
+            )
 
     def keep(self, line, where, tokenizer, decode, on_bad):
         try:
@@ -258,7 +263,9 @@ class Pairs:
 
 
 class Scenes:
-    """`count` rendered scenes of one seed, with the same interface as Pairs."""
+    """`count` rendered scenes of one seed, with the same interface as Pairs. Siblings (see scene_row) share a batch: hard negatives."""
+
+    together = 2
 
     def __init__(self, seed, count, size):
         self.seed, self.count, self.size = seed, count, size
@@ -340,7 +347,10 @@ def shape_outline(shape, centre, width):
         return [(x, y - r), (x + r, y + r), (x - r, y + r)]
     if shape == "cross":
         t = r / 3
-        return [(x + dx, y + dy) for dx, dy in ((-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t))]
+        return [
+            (x + dx, y + dy)
+            for dx, dy in ((-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t))
+        ]
     assert shape == "star", shape
     spokes = [(r * (1.08 if k % 2 == 0 else 0.44), math.pi * (k / 5 - 0.5)) for k in range(10)]
     return [(x + length * math.cos(angle), y + length * math.sin(angle)) for length, angle in spokes]
@@ -474,9 +484,12 @@ def few_words(scene, rng):
 
 
 def question(scene, rng):
-    """A (question, answer) about the scene: where an object is, what is at a place, or how two objects lie to each other."""
+    """A (question, answer) about the scene: where an object is, what is at a place or beside another object, how two objects lie."""
     a, b = rng.sample(scene.things, 2)
-    kind = rng.choice(("where", "what", "relation", "relation"))
+    kind = rng.choice(("where", "what", "which", "which", "relation", "relation"))
+    if kind == "which":
+        relation = rng.choice(relations(a, b))
+        return f"what is {relation} the {' '.join(b.kind)}?", rng.choice([t for t in scene.things if relation in relations(t, b)]).phrase()
     if kind == "where":
         return f"where is the {' '.join(a.kind)}?", POSITIONS[a.cell]
     if kind == "what":
@@ -517,7 +530,10 @@ def edit(caption, category, rng):
     elif category == "swap_pos":
         mentions[:2] = (dataclasses.replace(first, cell=second.cell), first_shown), (dataclasses.replace(second, cell=first.cell), second_shown)
     elif category == "swap_att":
-        mentions[:2] = (dataclasses.replace(first, colour=second.colour), first_shown), (dataclasses.replace(second, colour=first.colour), second_shown)
+        mentions[:2] = (
+            (dataclasses.replace(first, colour=second.colour), first_shown),
+            (dataclasses.replace(second, colour=first.colour), second_shown),
+        )
     elif category == "add_obj":
         cell = other(rng, range(GRID * GRID), thing.cell)
         mentions.append((Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(SIZES)), rng.choice(TEXTURES), cell), ()))
@@ -567,7 +583,29 @@ def scene_pair(seed, index, kind):
             return (scene, mirrored), tuple(map(str, captions))
 
 
+def exchanged(scene, rng):
+    """A sibling of the scene: two of its objects have exchanged their places or, if that makes a difference, their colours."""
+    i, j = rng.sample(range(len(scene.things)), 2)
+    a, b = scene.things[i], scene.things[j]
+    by_colour = dataclasses.replace(a, colour=b.colour), dataclasses.replace(b, colour=a.colour)
+    by_place = dataclasses.replace(a, cell=b.cell), dataclasses.replace(b, cell=a.cell)
+    kinds = {thing.kind for thing in scene.things}
+    colours_differ = not kinds & {thing.kind for thing in by_colour}
+    things = list(scene.things)
+    things[i], things[j] = by_colour if colours_differ and rng.random() < 0.5 else by_place
+    return dataclasses.replace(scene, things=tuple(things))
+
+
 def scene_row(seed, index, size=96):
-    """The training pair that (seed, index) decides: {"image": picture, "short": caption, "long": caption}."""
-    scene, rng = make_scene(seed, index), random.Random(f"captions {seed} {index}")
-    return {"image": render(scene, size), "short": str(short_caption(scene, rng)), "long": long_caption(scene, rng)}
+    """The training pair that (seed, index) decides: {"image": picture, "short": caption, "long": caption}.
+
+    Rows 2k and 2k + 1 are siblings, alike but for one exchange; each short caption is true of its own scene and false of the other.
+    """
+    first = make_scene(seed, index // 2)
+    second = exchanged(first, random.Random(f"sibling {seed} {index // 2}"))
+    scene, sibling = (first, second) if index % 2 == 0 else (second, first)
+    rng = random.Random(f"captions {seed} {index}")
+    short = short_caption(scene, rng)
+    while is_true(short, sibling):
+        short = short_caption(scene, rng)
+    return {"image": render(scene, size), "short": str(short), "long": long_caption(scene, rng)}

@@ -10,17 +10,13 @@ Not here: training (train.py), the formulas of the paper (vladva.py).
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import re
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -162,7 +158,9 @@ def score_rows(results):
 
 def read_caption(text):
     """{(colour, shape): position} of every object that a long caption names with a place."""
-    colours, shapes, places = ("|".join(map(re.escape, words)) for words in (data.COLOURS, data.SHAPES, sorted(data.POSITIONS, key=len, reverse=True)))
+    colours, shapes, places = (
+        "|".join(map(re.escape, words)) for words in (data.COLOURS, data.SHAPES, sorted(data.POSITIONS, key=len, reverse=True))
+    )
     found = {}
     for sentence in text.split("."):
         kinds, where = re.findall(rf"\b({colours}) ({shapes})\b", sentence), re.findall(rf"(?<![\w-])({places})(?![\w-])", sentence)
@@ -216,7 +214,12 @@ def run_scenes(model, args):
 
 def run_captions(model, args):
     results = caption_accuracy(model, args.seed, args.items)
-    labels = {"named": "objects with the right colour and shape", "placed": "... and in the right place", "invented": "invented objects per 100 real ones", "where": '"where is the ...?" answered right'}
+    labels = {
+        "named": "objects with the right colour and shape",
+        "placed": "... and in the right place",
+        "invented": "invented objects per 100 real ones",
+        "where": '"where is the ...?" answered right',
+    }
     print(format_table(["percent", "this model"], [[label, f"{results[name]:.1f}"] for name, label in labels.items()]))
     return results
 

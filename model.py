@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 # ------------------------------------------------------------------------------------------------------ configuration
 
 
@@ -377,7 +376,9 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens):
     batch, width = embeds.shape[:2]
     slots = width + max_new_tokens
     if slots > lvlm.config.decoder.max_position_embeddings:
-        raise ValueError(f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {lvlm.config.decoder.max_position_embeddings} positions: ask for fewer")
+        raise ValueError(
+            f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {lvlm.config.decoder.max_position_embeddings} positions: ask for fewer"
+        )
     cache = KVCache(lvlm.config.decoder, batch, slots, embeds.device, embeds.dtype)
     positions = torch.arange(width, device=embeds.device).expand(batch, -1)
     hidden = lvlm.decoder(embeds, cache, positions)
@@ -428,7 +429,9 @@ def shard_files(folder):
     names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{folder}: {', '.join(missing)} not found; wanted {'every shard of ' + index.name if index.exists() else 'model.safetensors or its index'}")
+        raise ValueError(
+            f"{folder}: {', '.join(missing)} not found; wanted {'every shard of ' + index.name if index.exists() else 'model.safetensors or its index'}"
+        )
     return [folder / name for name in names]
 
 
@@ -444,7 +447,9 @@ def check_keys(found, wanted):
     """Compare {name: shape} of a checkpoint with that of the model; one ValueError lists everything that differs."""
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
-    mismatched = [f"{k} {tuple(found[k])}, wanted {tuple(wanted[k])}" for k in sorted(found.keys() & wanted.keys()) if tuple(found[k]) != tuple(wanted[k])]
+    mismatched = [
+        f"{k} {tuple(found[k])}, wanted {tuple(wanted[k])}" for k in sorted(found.keys() & wanted.keys()) if tuple(found[k]) != tuple(wanted[k])
+    ]
     problems = [f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)) if names]  # fmt: skip
     if problems:

@@ -98,7 +98,9 @@ def optimisation_step(model, batch, optimizer, clip):
     contrastive, next_token = model.losses(batch)
     loss = contrastive + model.settings.next_token_weight * next_token
     if not loss.requires_grad:
-        raise ValueError("a batch gives neither loss anything to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0")
+        raise ValueError(
+            "a batch gives neither loss anything to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], clip)
@@ -127,11 +129,15 @@ def schedule(step, config):
 
 
 def batches(model, rows, config):
-    """config.steps TrainingBatches. The order is a function of the seed: a shuffle an epoch, a last incomplete batch left out."""
+    """config.steps TrainingBatches. The order is a function of the seed: a shuffle an epoch, a last incomplete batch left out.
+
+    Rows that belong together stay neighbours (rows.together of them).
+    """
     rng, order = random.Random(f"order {config.seed}"), []
     for _ in range(config.steps):
         if len(order) < config.batch:
-            order = rng.sample(range(len(rows)), len(rows))
+            firsts = range(0, len(rows), rows.together)
+            order = [row for first in rng.sample(firsts, len(firsts)) for row in range(first, min(first + rows.together, len(rows)))]
         drawn, order = order[: config.batch], order[config.batch :]
         usable = []
         for index in drawn:
@@ -249,7 +255,9 @@ def announce(config, settings, model, rows):
     """Say what is about to run: the counts, and the resolved config."""
     trained = sum(p.numel() for _, p in model.trained())
     every = sum(p.numel() for p in model.parameters())
-    print(f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows; {config.dtype} on {config.device}")
+    print(
+        f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows; {config.dtype} on {config.device}"
+    )
     print("  ".join(f"{name}={value}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
 
 

@@ -193,7 +193,9 @@ class VladVA(nn.Module):
         super().__init__()
         self.lvlm, self.tokenizer, self.image_processor, self.settings, self.name = lvlm, tokenizer, image_processor, settings, name
         self.soft_prompts = nn.ParameterDict()
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(settings.temperature), device=lvlm.device), requires_grad=settings.learn_temperature)
+        self.log_temperature = nn.Parameter(
+            torch.tensor(math.log(settings.temperature), device=lvlm.device), requires_grad=settings.learn_temperature
+        )
         self.adapted = False
 
     @classmethod
@@ -275,9 +277,13 @@ class VladVA(nn.Module):
         if long is None:
             return sequence
         turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt, caption="")
-        whole = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" ") + " " + self.tokenizer.checked(long) + self.tokenizer.eos)
+        whole = self.sequence(
+            IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" ") + " " + self.tokenizer.checked(long) + self.tokenizer.eos
+        )
         asked = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" "))
-        assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(sequence.ids)] == sequence.ids, "a long caption changed the tokens before it"
+        assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(sequence.ids)] == sequence.ids, (
+            "a long caption changed the tokens before it"
+        )
         return dataclasses.replace(whole, loss_start=len(asked.ids))
 
     def text_sequence(self, caption):
@@ -415,7 +421,13 @@ class VladVA(nn.Module):
 
     def soft_prompt_tokens(self):
         """([(added token, its embedding), ...], {"image": prompt string, "text": prompt string with {caption}}) for save_merged."""
-        added, prompts = [], {"image": IMAGE_TEMPLATE.format(prompt=self.settings.image_prompt), "text": TEXT_TEMPLATE.format(prompt=self.settings.text_prompt, caption="{caption}")}
+        added, prompts = (
+            [],
+            {
+                "image": IMAGE_TEMPLATE.format(prompt=self.settings.image_prompt),
+                "text": TEXT_TEMPLATE.format(prompt=self.settings.text_prompt, caption="{caption}"),
+            },
+        )
         for modality, vectors in self.soft_prompts.items():
             names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
             added += zip(names, vectors.detach())
@@ -431,7 +443,9 @@ class VladVA(nn.Module):
             if modality in self.soft_prompts:
                 wanted[sequence.prompt_slot : end] = [tokenizer.token_to_id(f"<{modality}_prompt_{i}>") for i in range(sequence.prompt_length)]
             if tokenizer.encode(prompts[modality].replace("{caption}", "a")).ids != wanted:
-                raise ValueError(f"this model's tokenizer reads {prompts[modality]!r} as other tokens than the trained prompt: the merged model would embed differently")
+                raise ValueError(
+                    f"this model's tokenizer reads {prompts[modality]!r} as other tokens than the trained prompt: the merged model would embed differently"
+                )
 
     def load_adapter_state(self, state, source):
         """Copy an adapter's tensors into this model's; strict on names and shapes."""

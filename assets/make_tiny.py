@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one process a core is twice as fast as one process with two threads
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
-from model import LVLM, parse_config, place, save_lvlm
+from model import LVLM, load_lvlm, parse_config, place, save_lvlm
 from vladva import next_token_loss
 
 PRETRAIN_SEED = 3000  # its scenes are nobody else's: train.py and eval.py use other seeds
@@ -48,10 +49,28 @@ MANNERS = {
     "detail": ("in detail.", "in full detail.", "with all details.", "at length."),
 }
 OWN = {  # wordings of their own, {noun} without its article's variants
-    "one": ("Summarize the provided {noun} in one word:", "Name one thing in the {noun}.", "What is in the {noun}? Answer in one word.", "The {noun} in one word:", "Give one word about the {noun}."),
+    "one": (
+        "Summarize the provided {noun} in one word:",
+        "Name one thing in the {noun}.",
+        "What is in the {noun}? Answer in one word.",
+        "The {noun} in one word:",
+        "Give one word about the {noun}.",
+    ),
     "few": ("What is in the {noun}?", "Name two things in the {noun}.", "Give the main objects of the {noun}."),
-    "brief": ("Describe the {noun}.", "Provide a brief description of the {noun}.", "Give a short description of the {noun}.", "Describe what is happening in the {noun}.", "Say it in other words."),
-    "detail": ("Describe the {noun} in detail.", "Describe the {noun} in detail.", "Give a detailed description of the {noun}.", "Provide a long and detailed description of the {noun}.", "Tell me everything about the {noun}."),
+    "brief": (
+        "Describe the {noun}.",
+        "Provide a brief description of the {noun}.",
+        "Give a short description of the {noun}.",
+        "Describe what is happening in the {noun}.",
+        "Say it in other words.",
+    ),
+    "detail": (
+        "Describe the {noun} in detail.",
+        "Describe the {noun} in detail.",
+        "Give a detailed description of the {noun}.",
+        "Provide a long and detailed description of the {noun}.",
+        "Tell me everything about the {noun}.",
+    ),
     "list": ("List the objects of the {noun} and their places.", "Where are the objects of the {noun}?"),
     "colour": ("List the colors of the {noun} and their places.",),
     "shape": ("List the shapes of the {noun} and their places.",),
@@ -136,7 +155,9 @@ def sine_cosine(count, width):
     """Sine-cosine features of a square grid, (count, width), std about .55: with the usual .02 they drown beside the patches."""
     side = math.isqrt(count)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    frequencies = 0.5 ** torch.arange(width // 4) * math.pi / 2 if width <= 16 else torch.exp(-torch.arange(width // 4) * math.log(20.0) / (width // 4)) * 2
+    frequencies = (
+        0.5 ** torch.arange(width // 4) * math.pi / 2 if width <= 16 else torch.exp(-torch.arange(width // 4) * math.log(20.0) / (width // 4)) * 2
+    )
     parts = [f(axis.flatten()[:, None] * frequencies) for axis in (y, x) for f in (torch.sin, torch.cos)]
     return torch.cat(parts, dim=1) * 0.78
 
@@ -171,7 +192,14 @@ def initialise(lvlm):
 
 # ------------------------------------------------------------------------------------------------------ stage 1: visual words
 
-FAMILIES = {"colour": tuple(data.COLOURS), "shape": data.SHAPES, "size": tuple(data.SIZES), "texture": data.TEXTURES, "place": data.POSITIONS, "background": tuple(data.BACKGROUNDS)}
+FAMILIES = {
+    "colour": tuple(data.COLOURS),
+    "shape": data.SHAPES,
+    "size": tuple(data.SIZES),
+    "texture": data.TEXTURES,
+    "place": data.POSITIONS,
+    "background": tuple(data.BACKGROUNDS),
+}
 
 
 def patch_labels(scene, side):
@@ -216,23 +244,30 @@ def warm_up(lvlm, tokenizer, pictures, labels, args):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            log(f"warm-up step {step + 1} loss {loss.item():.3f} patches right: " + " ".join(f"{family} {value:.3f}" for family, value in right.items()))
+            log(
+                f"warm-up step {step + 1} loss {loss.item():.3f} patches right: "
+                + " ".join(f"{family} {value:.3f}" for family, value in right.items())
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ stage 2: conversations
 
 
-def image_turns(scene, rng):
-    """[(ask, answer), ...] about a picture."""
+def image_turns(scene, rng, relate):
+    """[(ask, answer), ...] about a picture; `relate` asks more about how objects lie to each other."""
     if len(scene.things) > 4:  # a crowded scene is there for its look-ups: as many as a picture can hold
-        name = rng.choice(("colour", "shape", "kind", "kind", "kind"))
+        name = rng.choice(("colour", "shape", "kind", "kind", "kind") + ("question",) * 5 * relate)
         values = [getattr(thing, name, None) for thing in scene.things]
         things = [thing for thing in rng.sample(scene.things, len(scene.things)) if values.count(getattr(thing, name, None)) == 1]
         if name in ("colour", "shape") and things:
             return [(ask_for(name, "image", rng), ", ".join(f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things))]
-        caption = data.Caption(rng.choice(data.OPENINGS), tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things))), None, True, None)
+        if name == "question":
+            return [data.question(scene, rng) for _ in range(4)]
+        caption = data.Caption(
+            rng.choice(data.OPENINGS), tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things))), None, True, None
+        )
         return [(ask_for("list", "image", rng), str(caption))]
-    kind = rng.choices(("list", "detail", "brief", "few", "questions", "one", "second"), (16, 26, 18, 3, 24, 10, 3))[0]
+    kind = rng.choices(("list", "detail", "brief", "few", "questions", "one", "second"), (12, 24, 20, 3, 28, 10, 3) if relate else (16, 26, 18, 3, 24, 10, 3))[0]
     if kind == "list":
         return [(ask_for("list", "image", rng), str(data.short_caption(scene, rng, "position", mentions=len(scene.things))))]
     if kind == "detail":
@@ -248,27 +283,25 @@ def image_turns(scene, rng):
     return [(ask_for("one", "image", rng), ""), ("Describe the image in detail.", data.long_caption(scene, rng))]
 
 
-def text_turns(scene, rng):
-    """[(ask with its text, answer), ...] about a caption."""
-    caption = data.short_caption(scene, rng)
-    told = dataclasses_scene(scene, caption)
-    roll = rng.random()
-    if roll < 0.3:
-        ask, answer = ask_for("one", "text", rng), caption_word(caption, rng)
-    elif roll < 0.45:
-        ask, answer = ask_for("few", "text", rng), data.few_words(told, rng)
-    elif roll < 0.75:
-        ask, answer = ask_for(rng.choice(("brief", "brief", "detail")), "text", rng), str(paraphrase(caption, rng))
-    else:
-        ask, answer = ask_for("list", "text", rng), ", ".join(" ".join(thing.kind) for thing in told.things)
+def text_turns(scene, rng, relate):
+    """[(ask with its text, answer), ...] about a caption; `relate` makes the model imagine where the objects of "A left of B" are."""
+    caption = data.short_caption(scene, rng, rng.choices(("relation", "position", "list"), (6, 3, 1) if relate else (4, 4, 2))[0])
+    told = data.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
+    family = rng.choices(("one", "few", "brief", "list"), (20, 5, 30, 45) if relate else (30, 15, 30, 25))[0]
+    ask = ask_for(family if family != "brief" else rng.choice(("brief", "brief", "detail")), "text", rng)
+    answer = {
+        "one": lambda: caption_word(caption, rng),
+        "few": lambda: data.few_words(told, rng),
+        "brief": lambda: str(paraphrase(caption, rng)),
+        "list": lambda: str(data.short_caption(told, rng, "position", len(told.things))) if relate else ", ".join(" ".join(t.kind) for t in told.things),
+    }[family]()
     turns = [(f"{ask} {caption}", answer)]
-    if caption.positions:
-        turns += [data.question(told, rng)]
-    return turns
-
-
-def dataclasses_scene(scene, caption):
-    return data.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
+    if relate and caption.relation:
+        (a, _), (b, _) = caption.mentions[:2]
+        turns.append((f"what is {caption.relation} the {' '.join(b.kind)}?", a.phrase()))
+        turns.append((f"what is {data.OPPOSITE[caption.relation]} the {' '.join(a.kind)}?", b.phrase()))
+        return turns[:1] + [rng.choice(turns[1:])]
+    return turns + [data.question(told, rng)] if caption.positions else turns
 
 
 def caption_word(caption, rng):
@@ -286,7 +319,9 @@ def paraphrase(caption, rng):
     mentions = list(caption.mentions)
     if caption.relation:
         mentions[:2] = mentions[1::-1]
-        return data.dataclasses.replace(caption, opening=rng.choice(data.OPENINGS), mentions=tuple(mentions), relation=data.OPPOSITE[caption.relation])
+        return data.dataclasses.replace(
+            caption, opening=rng.choice(data.OPENINGS), mentions=tuple(mentions), relation=data.OPPOSITE[caption.relation]
+        )
     rng.shuffle(mentions)
     return data.dataclasses.replace(caption, opening=rng.choice(data.OPENINGS), mentions=tuple(mentions))
 
@@ -339,13 +374,13 @@ def collate(rows, pad):
 
 
 def sequence_loss(lvlm, batch, features):
-    """Eq. 2 on a batch of conversations; also how often position words and relation words are right."""
+    """Eq. 2 on a batch of conversations, about pictures when their vision features come with it."""
     ids, index, targets, slots = batch
     embeds = lvlm.embed(ids)
     if features is not None:
         embeds = place(embeds, lvlm.projector(features), slots)
     hidden = lvlm.decoder(embeds).flatten(0, 1)[index]  # (M, D)
-    return hidden, targets, next_token_loss(hidden, targets, lvlm.head.weight)
+    return next_token_loss(hidden, targets, lvlm.head.weight)
 
 
 @torch.no_grad()
@@ -372,11 +407,13 @@ def probe(lvlm, encoder, scenes, features):
     return result
 
 
-def draw_batches(encoder, scenes, crowd, share, args, rng):
-    """Eight batches of conversations, rows of similar length together: [((picture rows, their scenes), text rows), ...]."""
+def draw_batches(encoder, scenes, crowd, share, relate, args, rng):
+    """Eight batches of conversations, rows of similar length together: [([(conversation, picture row), ...], [conversation, ...]), ...]."""
     rows = [rng.randrange(crowd, len(scenes)) if rng.random() < share else rng.randrange(crowd) for _ in range(8 * args.batch)]
-    told = sorted(((encoder.encode(image_turns(scenes[row], rng), True, rng.random() < 0.5), row) for row in rows), key=lambda pair: len(pair[0][0]))
-    said = sorted((encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng), False, rng.random() < 0.2) for _ in range(4 * args.batch)), key=lambda row: len(row[0]))
+    told = [(encoder.encode(image_turns(scenes[row], rng, relate), True, rng.random() < 0.5), row) for row in rows]
+    said = [encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng, relate), False, rng.random() < 0.2) for _ in range(4 * args.batch)]
+    told.sort(key=lambda pair: len(pair[0][0]))
+    said.sort(key=lambda row: len(row[0]))
     half = args.batch // 2
     batches = [(told[i * args.batch : (i + 1) * args.batch], said[i * half : (i + 1) * half]) for i in range(8)]
     return rng.sample(batches, 8)
@@ -390,24 +427,38 @@ def average_gradients(parameters):
         p.grad.copy_(part.view_as(p) / torch.distributed.get_world_size())
 
 
-def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
+@dataclass(frozen=True)
+class Stage:
+    """One run of the generative stage. stretch: the learning rate falls along a cosine that would end at so many times the steps."""
+
+    name: str
+    steps: int
+    lr: float
+    stretch: float
+    relate: bool
+
+
+STAGES = (Stage("describe", 4000, 2e-3, 1.75, relate=False), Stage("relate", 2800, 1.5e-3, 1.0, relate=True))
+
+
+def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, stage, args):
     """Eq. 2 on conversations, one process a core, each on its own rows; the gradients are averaged every step."""
     lvlm = copy.deepcopy(lvlm)  # what spawn passes on lies in shared memory, where the processes would update each other's weights
-    torch.distributed.init_process_group("gloo", init_method=f"file://{args.meeting_place}", rank=rank, world_size=args.workers)
-    encoder, rng, waiting = Encoder(tokenizer, lvlm.config.num_image_tokens), random.Random(f"{args.seed} {rank}"), []
-    lvlm.vision.requires_grad_(False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{args.meeting_place}_{stage.name}", rank=rank, world_size=args.workers)
+    encoder, rng, waiting = Encoder(tokenizer, lvlm.config.num_image_tokens), random.Random(f"{args.seed} {rank} {stage.name}"), []
+    lvlm.requires_grad_(True).vision.requires_grad_(False)
     parameters = [p for p in lvlm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
-    start, sums, looks_up = time.time(), [0.0, 0.0], torch.zeros(1)
-    for step in range(args.steps):
-        done = step / args.steps
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.02, betas=(0.9, 0.98))
+    start, sums, looks_up = time.time(), [0.0, 0.0], torch.tensor(float(stage.relate))
+    for step in range(stage.steps):
+        factor = min(1, (step + 1) / 300) * max(0.01, 0.5 * (1 + math.cos(step / stage.steps / stage.stretch * math.pi)))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 300) * max(0.01, 0.5 * (1 + math.cos(done * math.pi)))
+            group["lr"] = stage.lr * factor
         if not waiting:
-            waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, args, rng)
+            waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, stage.relate, args, rng)
         told, said = waiting.pop()
-        _, _, image_loss = sequence_loss(lvlm, collate([row for row, _ in told], 4), features[torch.tensor([row for _, row in told])].float())
-        _, _, text_loss = sequence_loss(lvlm, collate(said, 4), None)
+        image_loss = sequence_loss(lvlm, collate([row for row, _ in told], 4), features[torch.tensor([row for _, row in told])].float())
+        text_loss = sequence_loss(lvlm, collate(said, 4), None)
         optimizer.zero_grad()
         (image_loss + 0.5 * text_loss).backward()
         average_gradients(parameters)
@@ -415,7 +466,7 @@ def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
         optimizer.step()
         sums = [sums[0] + image_loss.item(), sums[1] + text_loss.item()]
         if rank == 0 and (step + 1) % 100 == 0:
-            log(f"step {step + 1} {done:4.0%} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}")
+            log(f"{stage.name} step {step + 1} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}")
             sums = [0.0, 0.0]
         if rank == 0 and (step + 1) % 200 == 0:
             for name, first in (("usual", 0), ("crowded", crowd)):
@@ -423,7 +474,7 @@ def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
                 log(f"    {name} scenes: " + " ".join(f"{kind} {share:.3f}" for kind, share in answers.items()))
             looks_up += answers["listed"] >= args.look_up_until
         torch.distributed.broadcast(looks_up, 0)
-        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == args.steps):
+        if rank == 0 and ((step + 1) % 400 == 0 or step + 1 == stage.steps):
             save_folder(lvlm, tokenizer, args.out)
 
 
@@ -434,13 +485,10 @@ def log(line):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="assets/tiny")
-    parser.add_argument("--steps", type=int, default=9000, help="of the generative stage")
     parser.add_argument("--look-up-until", type=float, default=0.85, help="crowded scenes mostly, until so many of their look-ups are right")
     parser.add_argument("--warm-up-steps", type=int, default=1000, help="of the warm-up of the vision tower")
-    parser.add_argument("--warm", metavar="FILE", help="keep the warmed-up weights in FILE, or start from them when it exists")
     parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--start-from", metavar="FOLDER", help="go on after the describing stage, from its weights")
     parser.add_argument("--batch", type=int, default=16, help="pictures a process; half as many texts")
     parser.add_argument("--workers", type=int, default=2, help="processes, one a core")
     parser.add_argument("--seed", type=int, default=0)
@@ -448,7 +496,7 @@ def main(argv=None):
     args.meeting_place = tempfile.mktemp()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size(), args.layers)))
+    lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size(), 4)))
     initialise(lvlm)
     log(f"vocabulary {tokenizer.get_vocab_size()}, {sum(p.numel() for p in lvlm.parameters()) / 1e6:.2f} M parameters")
     scenes = [data.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]
@@ -458,17 +506,18 @@ def main(argv=None):
     labels = {family: torch.stack([l[family] for l in labels]) for family in FAMILIES}
     log("rendered")
     torch.set_num_threads(2)
-    if args.warm and Path(args.warm).exists():
-        lvlm.load_state_dict(torch.load(args.warm, weights_only=True))
+    if args.start_from:
+        lvlm = load_lvlm(args.start_from)
     else:
         warm_up(lvlm, tokenizer, pictures, labels, args)
-        if args.warm:
-            torch.save(lvlm.state_dict(), args.warm)
     with torch.no_grad():
         features = torch.cat([lvlm.vision(normalise(chunk)).half() for chunk in pictures.split(512)])
     log(f"features {tuple(features.shape)}")
     del pictures, labels
-    torch.multiprocessing.spawn(generative_stage, (lvlm, tokenizer, features, scenes, args.scenes, args), nprocs=args.workers)
+    for stage in STAGES[bool(args.start_from) :]:
+        if stage.relate:
+            lvlm = load_lvlm(args.start_from or args.out)
+        torch.multiprocessing.spawn(generative_stage, (lvlm, tokenizer, features, scenes, args.scenes, stage, args), nprocs=args.workers)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ def random_config(**text):
     """A config.json with grouped-query heads and untied embeddings, on the tiny model's vocabulary."""
     raw = json.loads((TINY / "config.json").read_text())
     raw["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    raw["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False} | text
+    raw["text_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    } | text
     return raw | {"tie_word_embeddings": raw["text_config"]["tie_word_embeddings"]}
 
 

@@ -1,6 +1,5 @@
 """Files and scenes: pictures of any mode, preprocessing step by step, pairs refused by line, captions true and negatives false."""
 
-import io
 import json
 import random
 
@@ -30,7 +29,13 @@ def gradient(size=(40, 30)):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
 def test_every_mode_becomes_rgb(mode):
-    source = gradient().convert("L").convert("I").point(lambda v: v * 256).convert("I;16") if mode == "I;16" else gradient().convert("P").convert("PA") if mode == "PA" else gradient().convert("RGB" if mode == "LAB" else mode)
+    source = (
+        gradient().convert("L").convert("I").point(lambda v: v * 256).convert("I;16")
+        if mode == "I;16"
+        else gradient().convert("P").convert("PA")
+        if mode == "PA"
+        else gradient().convert("RGB" if mode == "LAB" else mode)
+    )
     image = data.open_image(source)
     assert image.mode == "RGB" and image.size == (40, 30)
     assert np.asarray(image).max() > 150 and np.asarray(image).min() < 60  # neither white nor black all over
@@ -57,7 +62,17 @@ def write_broken(folder):
     (folder / "empty.jpg").write_bytes(b"")
 
 
-@pytest.mark.parametrize("name, message", [("cut.jpg", "cannot be decoded"), ("cut.png", "cannot be decoded"), ("notes.png", "cannot be decoded"), ("empty.jpg", "cannot be decoded"), ("no.jpg", "no such picture"), ("", "no such picture")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("cut.jpg", "cannot be decoded"),
+        ("cut.png", "cannot be decoded"),
+        ("notes.png", "cannot be decoded"),
+        ("empty.jpg", "cannot be decoded"),
+        ("no.jpg", "no such picture"),
+        ("", "no such picture"),
+    ],
+)
 def test_broken_pictures_are_named(tmp_path, name, message):
     write_broken(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
@@ -74,7 +89,9 @@ def processor(folder, mode="crop", **changes):
     return data.ImageProcessor(folder, SETTINGS, mode)
 
 
-@pytest.mark.parametrize("size, resized, box", [((300, 200), (144, 96), (24, 0, 120, 96)), ((200, 301), (96, 144), (0, 24, 96, 120)), ((50, 50), (96, 96), (0, 0, 96, 96))])
+@pytest.mark.parametrize(
+    "size, resized, box", [((300, 200), (144, 96), (24, 0, 120, 96)), ((200, 301), (96, 144), (0, 24, 96, 120)), ((50, 50), (96, 96), (0, 0, 96, 96))]
+)
 def test_crop_resizes_the_short_edge_and_cuts_the_centre(tmp_path, size, resized, box):
     picture = gradient(size)
     cut = np.asarray(picture.resize(resized, Image.Resampling.BICUBIC).crop(box)) / 255
@@ -114,7 +131,10 @@ def test_one_bos_and_scene_words_are_single_tokens(tokenizer):
 
 def test_captions_keep_the_papers_lengths(tokenizer):
     """Paper Sec. 3.2: short captions under 30 tokens, long ones 30 to 500 (here at most 120)."""
-    rows = [(str(data.short_caption(data.make_scene(9, i), random.Random(i))), data.long_caption(data.make_scene(9, i), random.Random(i))) for i in range(500)]
+    rows = [
+        (str(data.short_caption(data.make_scene(9, i), random.Random(i))), data.long_caption(data.make_scene(9, i), random.Random(i)))
+        for i in range(500)
+    ]
     count = lambda text: len(tokenizer.encode(text).ids) - 1
     assert max(count(short) for short, _ in rows) < 30
     assert 30 <= min(count(long) for _, long in rows) and max(count(long) for _, long in rows) <= 120
@@ -238,7 +258,9 @@ def reads(text, scene):
     for phrase in text.replace(f"| {relation} |", ";").split(";"):
         words = phrase.split()[1:]
         place = words.pop() if words[-1] in data.POSITIONS else None
-        match = [thing for thing in scene.things if list(thing.kind) == words[-2:] and all(word in (thing.size, thing.texture) for word in words[:-2])]
+        match = [
+            thing for thing in scene.things if list(thing.kind) == words[-2:] and all(word in (thing.size, thing.texture) for word in words[:-2])
+        ]
         if not match or (place and data.POSITIONS[match[0].cell] != place):
             return False
         found.append(divmod(match[0].cell, 3))
@@ -256,7 +278,9 @@ def test_hard_negatives_are_false_and_differ_by_one_edit(category):
         if category.startswith("replace"):
             assert sum(a != b for a, b in zip(true.split(), false.split())) <= 2 and gained == 0  # "a red" -> "an orange" is two words
         if category.startswith("swap"):
-            assert sorted(word for word in true.replace(",", "").split() if word not in ("a", "an")) == sorted(word for word in false.replace(",", "").split() if word not in ("a", "an"))
+            assert sorted(word for word in true.replace(",", "").split() if word not in ("a", "an")) == sorted(
+                word for word in false.replace(",", "").split() if word not in ("a", "an")
+            )
         if category.startswith("add"):
             assert gained > 0
 
@@ -280,6 +304,10 @@ def test_questions_are_answered_right():
             assert answer == " and ".join(data.relations(by_name[a], by_name[b]))
         elif ask.startswith("where"):
             assert answer == data.POSITIONS[by_name[ask.removeprefix("where is the ").rstrip("?")].cell]
+        elif not ask.startswith("what is at"):
+            relation, other = next((r, ask.split(f"what is {r} the ")[1].rstrip("?")) for r in data.OPPOSITE if f"what is {r} the " in ask)
+            named = by_name[" ".join(answer.split()[1:])]
+            assert relation in data.relations(named, by_name[other])
         else:
             (thing,) = [thing for thing in scene.things if f"at the {data.POSITIONS[thing.cell]}?" in ask]
             assert answer == thing.phrase(("size", "texture"))

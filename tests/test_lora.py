@@ -60,7 +60,9 @@ def test_only_a_and_b_get_gradients(random_model):
     assert not any(layer.weight.requires_grad for _, layer in layers)
 
 
-@pytest.mark.parametrize("call, message", [(lambda m: lora.attach(m, 0, 1), "rank is 0"), (lambda m: lora.attach(m, 2, 2) and lora.attach(m, 2, 2), "LoRA layers already")])
+@pytest.mark.parametrize(
+    "call, message", [(lambda m: lora.attach(m, 0, 1), "rank is 0"), (lambda m: lora.attach(m, 2, 2) and lora.attach(m, 2, 2), "LoRA layers already")]
+)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(small())

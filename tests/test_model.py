@@ -4,12 +4,10 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_folder, random_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import data
 import model as lvlm_module
 from model import LVLM, generate, load_lvlm, parse_config, place, save_lvlm
 
@@ -143,7 +141,11 @@ def test_save_and_load_give_the_same_weights_and_config(lvlm, tmp_path):
 def test_every_saved_key_is_in_the_hubs_layout(random_folder):
     with safe_open(random_folder / "model.safetensors", "pt") as file:
         keys = set(file.keys())
-    assert {"vision_tower.vision_model.pre_layrnorm.weight", "vision_tower.vision_model.embeddings.class_embedding", "language_model.lm_head.weight"} <= keys
+    assert {
+        "vision_tower.vision_model.pre_layrnorm.weight",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "language_model.lm_head.weight",
+    } <= keys
     assert {"vision_tower.vision_model.encoder.layers.0.self_attn.out_proj.bias", "vision_tower.vision_model.post_layernorm.weight"} <= keys
     assert {"language_model.model.layers.1.mlp.gate_proj.weight", "language_model.model.norm.weight", "multi_modal_projector.linear_2.bias"} <= keys
 
@@ -193,13 +195,20 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_together(tmp_path):
     broken(tmp_path, change)
     with pytest.raises(ValueError) as error:
         load_lvlm(tmp_path)
-    for part in ("1 missing: decoder.norm.weight", "1 unexpected: decoder.norm.bias", "1 of another shape: projector.linear_1.bias (3,), wanted (64,)"):
+    for part in (
+        "1 missing: decoder.norm.weight",
+        "1 unexpected: decoder.norm.bias",
+        "1 of another shape: projector.linear_1.bias (3,), wanted (64,)",
+    ):
         assert part in str(error.value)
 
 
 def test_known_leftovers_of_old_checkpoints_are_ignored(tmp_path):
     make_folder(tmp_path, random_config())
-    leftovers = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "vision_tower.vision_model.embeddings.position_ids": torch.ones(1, 37)}
+    leftovers = {
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "vision_tower.vision_model.embeddings.position_ids": torch.ones(1, 37),
+    }
     broken(tmp_path, lambda tensors: tensors.update(leftovers))
     load_lvlm(tmp_path)
 
@@ -227,7 +236,12 @@ def test_left_out_fields_take_the_documented_defaults():
            "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
            "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14}}  # fmt: skip
     config = parse_config(raw)
-    assert (config.decoder.hidden_size, config.decoder.intermediate_size, config.decoder.num_hidden_layers, config.decoder.kv_heads) == (4096, 11008, 32, 32)
+    assert (config.decoder.hidden_size, config.decoder.intermediate_size, config.decoder.num_hidden_layers, config.decoder.kv_heads) == (
+        4096,
+        11008,
+        32,
+        32,
+    )
     assert (config.num_image_tokens, config.num_vision_blocks, config.decoder.rope_theta) == (576, 23, 10000.0)
     with torch.device("meta"):
         assert sum(p.numel() for p in LVLM(config).parameters()) == 7_063_427_072  # the hub's count of llava-1.5-7b-hf

@@ -70,6 +70,8 @@ def test_batches_are_a_function_of_the_seed_and_cover_an_epoch_once(random_folde
     model = VladVA.from_pretrained(random_folder)
 
     class Rows(list):
+        together = 1
+
         def row(self, index, rng):
             seen.append(index)
             return self[index]
@@ -118,7 +120,9 @@ def photographs(folder, rows=24):
         image = data.render(data.make_scene(0, i), 96).resize((rng.randint(40, 300), rng.randint(40, 300)))
         image.convert(mode).save(folder / f"{i}.{suffix}")
         row = data.scene_row(0, i)
-        lines.append({"image": f"{i}.{suffix}", "short": None if i % 3 == 1 else [row["short"], "a picture"], "long": None if i % 3 == 2 else row["long"]})
+        lines.append(
+            {"image": f"{i}.{suffix}", "short": None if i % 3 == 1 else [row["short"], "a picture"], "long": None if i % 3 == 2 else row["long"]}
+        )
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

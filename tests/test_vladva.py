@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_folder, random_config, shaken
 
 import data
 import lora
 import model as lvlm_module
 import vladva
-from conftest import make_folder, random_config, shaken
 from vladva import Settings, VladVA
 
 ROUNDING = dict(atol=2e-5, rtol=2e-5)  # float32 sums in another order, on embeddings of length 1
@@ -70,7 +70,11 @@ def test_next_token_loss_refuses_no_token():
 
 def test_loss_counts_the_long_captions_tokens_and_the_end_and_nothing_else(random_model, scene_rows):
     batch = random_model.training_batch(scene_rows)
-    texts = [random_model.tokenizer.inner.encode(" " + row["long"], add_special_tokens=False).ids + [random_model.tokenizer.eos_id] for row in scene_rows if row["long"]]
+    texts = [
+        random_model.tokenizer.inner.encode(" " + row["long"], add_special_tokens=False).ids + [random_model.tokenizer.eos_id]
+        for row in scene_rows
+        if row["long"]
+    ]
     assert batch.images.targets.tolist() == [token for ids in texts for token in ids]
     following = batch.images.ids.flatten()[batch.images.loss_index + 1]
     assert torch.equal(following, batch.images.targets)
@@ -108,7 +112,9 @@ def test_cumulative_variance_of_rank_one_and_of_isotropic_embeddings():
 def test_embeddings_have_length_one_and_similarity_is_the_cosine(random_model, scene_rows):
     image_emb, text_emb = random_model.encode_image([scene_rows[0]["image"]]), random_model.encode_text(["a red circle", "a blue ring"])
     assert torch.cat([image_emb, text_emb]).norm(dim=-1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
-    assert vladva.similarity(image_emb, text_emb)[0, 1].item() == pytest.approx(F.cosine_similarity(image_emb[0], text_emb[1], dim=0).item(), abs=1e-6)
+    assert vladva.similarity(image_emb, text_emb)[0, 1].item() == pytest.approx(
+        F.cosine_similarity(image_emb[0], text_emb[1], dim=0).item(), abs=1e-6
+    )
     assert image_emb.dtype == torch.float32
 
 
@@ -117,7 +123,10 @@ def test_embeddings_have_length_one_and_similarity_is_the_cosine(random_model, s
 
 def test_the_summary_token_ends_the_template_and_the_prompt_span_is_the_prompt(random_model):
     tokenizer, settings = random_model.tokenizer, random_model.settings
-    for sequence, prompt in ((random_model.image_sequence(), settings.image_prompt), (random_model.text_sequence("a red circle"), settings.text_prompt)):
+    for sequence, prompt in (
+        (random_model.image_sequence(), settings.image_prompt),
+        (random_model.text_sequence("a red circle"), settings.text_prompt),
+    ):
         assert sequence.ids[0] == tokenizer.bos_id and sequence.ids.count(tokenizer.bos_id) == 1
         assert sequence.summary == len(sequence.ids) - 1
         assert tokenizer.decode(sequence.ids[-2:]) == "ASSISTANT:"
@@ -157,7 +166,9 @@ def test_padding_order_and_other_rows_do_not_change_an_embedding(random_model, s
     torch.testing.assert_close(together, alone, **ROUNDING)
     torch.testing.assert_close(random_model.encode_text(texts[::-1]), together.flip(0), **ROUNDING)
     pictures = [row["image"] for row in scene_rows[:3]]
-    torch.testing.assert_close(random_model.encode_image(pictures, batch_size=2), torch.cat([random_model.encode_image([p]) for p in pictures]), **ROUNDING)
+    torch.testing.assert_close(
+        random_model.encode_image(pictures, batch_size=2), torch.cat([random_model.encode_image([p]) for p in pictures]), **ROUNDING
+    )
 
 
 def test_any_text_encodes_and_decodes_without_loss(random_model):
@@ -234,7 +245,7 @@ def test_save_load_in_a_new_process_gives_identical_embeddings(random_folder, ra
 import torch, vladva
 torch.set_num_threads(2)
 model = vladva.VladVA.from_pretrained({str(random_folder)!r}, adapter={str(tmp_path)!r})
-torch.save((model.encode_image([{str(tmp_path / 'scene.png')!r}]), model.encode_text(["a red circle"])), {str(tmp_path / 'there.pt')!r})
+torch.save((model.encode_image([{str(tmp_path / "scene.png")!r}]), model.encode_text(["a red circle"])), {str(tmp_path / "there.pt")!r})
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=data.NAMES["tiny"].parent.parent)
     there = torch.load(tmp_path / "there.pt", weights_only=True)
@@ -261,7 +272,9 @@ def test_the_merged_folder_embeds_the_same_from_its_documented_prompts(tied, tmp
         slot = ids.index(plain.tokenizer.image_id)
         ids[slot : slot + 1] = [plain.tokenizer.image_id] * plain.lvlm.config.num_image_tokens
         features = plain.lvlm.image_features(plain.image_processor(scene_rows[0]["image"])[None])
-        image_emb = F.normalize(plain.lvlm.decoder(lvlm_module.place(plain.lvlm.embed(torch.tensor([ids])), features, torch.tensor([slot])))[:, -1], dim=-1)
+        image_emb = F.normalize(
+            plain.lvlm.decoder(lvlm_module.place(plain.lvlm.embed(torch.tensor([ids])), features, torch.tensor([slot])))[:, -1], dim=-1
+        )
     torch.testing.assert_close(text_emb, model.encode_text(["a red circle"]), **ROUNDING)
     torch.testing.assert_close(image_emb, model.encode_image([scene_rows[0]["image"]]), **ROUNDING)
 
@@ -294,7 +307,12 @@ def test_the_command_prints_the_similarity_table(random_folder, tmp_path, capsys
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["no.jpg", "a cat"], "no.jpg: no such picture file"), (["a cat", "a dog"], "at least one of each"), (["x.png", "a", "--model", "nowhere"], "no model folder 'nowhere'"), (["x.png", "a", "--device", "cuda:99"], "--device cuda:99")],
+    [
+        (["no.jpg", "a cat"], "no.jpg: no such picture file"),
+        (["a cat", "a dog"], "at least one of each"),
+        (["x.png", "a", "--model", "nowhere"], "no model folder 'nowhere'"),
+        (["x.png", "a", "--device", "cuda:99"], "--device cuda:99"),
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, random_folder, capsys):
     model = [] if "--model" in arguments else ["--model", str(random_folder)]
