@@ -64,7 +64,8 @@ class Tokenizer:
         self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
         if self.eos is None or self.image != "<image>":
             raise ValueError(
-                f"{path} has {self.image!r} at id {self.image_id} and {self.eos!r} at id {self.eos_id}: config.json and tokenizer.json do not belong together"
+                f"{path} has {self.image!r} at id {self.image_id} and {self.eos!r} at id {self.eos_id}: config.json says <image> and an "
+                "end-of-sequence token, so the two files do not belong together"
             )
         if self.inner.encode("a").ids[0] != self.bos_id or self.inner.encode("a").ids.count(self.bos_id) != 1:
             raise ValueError(f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer")

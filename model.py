@@ -375,10 +375,9 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens):
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
     batch, width = embeds.shape[:2]
     slots = width + max_new_tokens
-    if slots > lvlm.config.decoder.max_position_embeddings:
-        raise ValueError(
-            f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {lvlm.config.decoder.max_position_embeddings} positions: ask for fewer"
-        )
+    limit = lvlm.config.decoder.max_position_embeddings
+    if slots > limit:
+        raise ValueError(f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {limit} positions: ask for fewer")
     cache = KVCache(lvlm.config.decoder, batch, slots, embeds.device, embeds.dtype)
     positions = torch.arange(width, device=embeds.device).expand(batch, -1)
     hidden = lvlm.decoder(embeds, cache, positions)
@@ -429,9 +428,8 @@ def shard_files(folder):
     names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} not found; wanted {'every shard of ' + index.name if index.exists() else 'model.safetensors or its index'}"
-        )
+        wanted = f"every shard of {index.name}" if index.exists() else "model.safetensors or its index"
+        raise ValueError(f"{folder}: {', '.join(missing)} not found; wanted {wanted}")
     return [folder / name for name in names]
 
 

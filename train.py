@@ -255,9 +255,7 @@ def announce(config, settings, model, rows):
     """Say what is about to run: the counts, and the resolved config."""
     trained = sum(p.numel() for _, p in model.trained())
     every = sum(p.numel() for p in model.parameters())
-    print(
-        f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows; {config.dtype} on {config.device}"
-    )
+    print(f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows to train on")
     print("  ".join(f"{name}={value}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
 
 

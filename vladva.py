@@ -443,9 +443,7 @@ class VladVA(nn.Module):
             if modality in self.soft_prompts:
                 wanted[sequence.prompt_slot : end] = [tokenizer.token_to_id(f"<{modality}_prompt_{i}>") for i in range(sequence.prompt_length)]
             if tokenizer.encode(prompts[modality].replace("{caption}", "a")).ids != wanted:
-                raise ValueError(
-                    f"this model's tokenizer reads {prompts[modality]!r} as other tokens than the trained prompt: the merged model would embed differently"
-                )
+                raise ValueError(f"this tokenizer reads {prompts[modality]!r} as other tokens than the trained prompt: it would embed differently")
 
     def load_adapter_state(self, state, source):
         """Copy an adapter's tensors into this model's; strict on names and shapes."""

@@ -122,15 +122,20 @@ def save_folder(lvlm, tokenizer, out):
     save_lvlm(lvlm, out, torch.float16)
     tokenizer.save(f"{out}/tokenizer.json")
     side, patch = lvlm.config.vision.image_size, lvlm.config.vision.patch_size
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     files = {
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
             "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": data.CLIP_MEAN, "image_std": data.CLIP_STD,
         },
-        "processor_config.json": {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": patch, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": 1024, "clean_up_tokenization_spaces": False},
-        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": patch, "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+        "tokenizer_config.json": names
+        | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "clean_up_tokenization_spaces": False},
+        "special_tokens_map.json": names,
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4},
     }  # fmt: skip
     for name, content in files.items():
@@ -140,10 +145,11 @@ def save_folder(lvlm, tokenizer, out):
 # ------------------------------------------------------------------------------------------------------ initial weights
 
 
-def tiny_config(vocab_size, layers):
+def tiny_config(vocab_size):
+    """config.json of the tiny model."""
     vision = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4,
               "image_size": 96, "patch_size": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}  # fmt: skip
-    text = {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": layers,
+    text = {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
             "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}  # fmt: skip
     return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": SPECIAL.index("<image>"),
@@ -155,11 +161,8 @@ def sine_cosine(count, width):
     """Sine-cosine features of a square grid, (count, width), std about .55: with the usual .02 they drown beside the patches."""
     side = math.isqrt(count)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    frequencies = (
-        0.5 ** torch.arange(width // 4) * math.pi / 2 if width <= 16 else torch.exp(-torch.arange(width // 4) * math.log(20.0) / (width // 4)) * 2
-    )
-    parts = [f(axis.flatten()[:, None] * frequencies) for axis in (y, x) for f in (torch.sin, torch.cos)]
-    return torch.cat(parts, dim=1) * 0.78
+    frequencies = 2 * torch.exp(-torch.arange(width // 4) * math.log(20.0) / (width // 4))
+    return 0.78 * torch.cat([f(axis.flatten()[:, None] * frequencies) for axis in (y, x) for f in (torch.sin, torch.cos)], dim=1)
 
 
 @torch.no_grad()
@@ -267,7 +270,9 @@ def image_turns(scene, rng, relate):
             rng.choice(data.OPENINGS), tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things))), None, True, None
         )
         return [(ask_for("list", "image", rng), str(caption))]
-    kind = rng.choices(("list", "detail", "brief", "few", "questions", "one", "second"), (12, 24, 20, 3, 28, 10, 3) if relate else (16, 26, 18, 3, 24, 10, 3))[0]
+    kind = rng.choices(
+        ("list", "detail", "brief", "few", "questions", "one", "second"), (12, 24, 20, 3, 28, 10, 3) if relate else (16, 26, 18, 3, 24, 10, 3)
+    )[0]
     if kind == "list":
         return [(ask_for("list", "image", rng), str(data.short_caption(scene, rng, "position", mentions=len(scene.things))))]
     if kind == "detail":
@@ -293,7 +298,9 @@ def text_turns(scene, rng, relate):
         "one": lambda: caption_word(caption, rng),
         "few": lambda: data.few_words(told, rng),
         "brief": lambda: str(paraphrase(caption, rng)),
-        "list": lambda: str(data.short_caption(told, rng, "position", len(told.things))) if relate else ", ".join(" ".join(t.kind) for t in told.things),
+        "list": lambda: (
+            str(data.short_caption(told, rng, "position", len(told.things))) if relate else ", ".join(" ".join(t.kind) for t in told.things)
+        ),
     }[family]()
     turns = [(f"{ask} {caption}", answer)]
     if relate and caption.relation:
@@ -393,8 +400,12 @@ def probe(lvlm, encoder, scenes, features):
             rng = random.Random(i)
             a, b = rng.sample(scene.things, 2)
             name, good = " ".join(a.kind), [data.POSITIONS[a.cell]]
-            turn = {"where": (f"where is the {name}?", ""), "relative": (f"where is the {name} relative to the {' '.join(b.kind)}?", ""),
-                    "listed": (OWN["list"][0].format(noun="image"), f"{'an' if name[0] == 'o' else 'a'} {name}"), "colour": (OWN["colour"][0].format(noun="image"), a.colour)}[kind]  # fmt: skip
+            turn = {
+                "where": (f"where is the {name}?", ""),
+                "relative": (f"where is the {name} relative to the {' '.join(b.kind)}?", ""),
+                "listed": (OWN["list"][0].format(noun="image"), a.phrase()),
+                "colour": (OWN["colour"][0].format(noun="image"), a.colour),
+            }[kind]
             rows.append(encoder.encode([turn], True, i % 2 == 0))
             if turn[1]:
                 rows[-1][0].pop()  # the end of sequence: the place comes here
@@ -496,7 +507,7 @@ def main(argv=None):
     args.meeting_place = tempfile.mktemp()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size(), 4)))
+    lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size())))
     initialise(lvlm)
     log(f"vocabulary {tokenizer.get_vocab_size()}, {sum(p.numel() for p in lvlm.parameters()) / 1e6:.2f} M parameters")
     scenes = [data.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]

@@ -1,4 +1,4 @@
-"""Compares this project with transformers on a model folder. By hand, where transformers is installed beside the requirements; pytest does not collect it.
+"""Compares this project with transformers on a model folder. By hand, where transformers is installed; pytest does not collect it.
 
     python tests/reference.py assets/tiny
 

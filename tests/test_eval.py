@@ -52,7 +52,7 @@ def test_scores_of_an_oracle_are_the_ceiling():
     """Embeddings that say which captions are true of which scene: every category 100, retrieval at its ceiling up to ties."""
     bench = benchmarks.scene_benchmark(7, gallery=60, items=20)
     truth = {}
-    for i, scene in enumerate(bench.scenes):
+    for i in range(len(bench.scenes)):
         for items in bench.negatives.values():
             truth |= {(i, t): 1.0 for s, t, _ in items if s == i}
         for items in bench.pairs.values():

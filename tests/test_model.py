@@ -8,8 +8,11 @@ from conftest import make_folder, random_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import data
+import eval as benchmarks
 import model as lvlm_module
 from model import LVLM, generate, load_lvlm, parse_config, place, save_lvlm
+from vladva import VladVA
 
 EXACT = dict(atol=1e-4, rtol=1e-4)  # float32 against a loop in another order
 
@@ -232,17 +235,20 @@ def test_missing_and_truncated_files_are_named(tmp_path):
 
 def test_left_out_fields_take_the_documented_defaults():
     """What llava-hf/llava-1.5-7b-hf's config.json holds, and the LLaVA-1.5-7B that it means."""
-    raw = {"model_type": "llava", "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-           "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
-           "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14}}  # fmt: skip
+    raw = {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "patch_size": 14}
+        | {"num_attention_heads": 16, "num_hidden_layers": 24},
+    }
     config = parse_config(raw)
-    assert (config.decoder.hidden_size, config.decoder.intermediate_size, config.decoder.num_hidden_layers, config.decoder.kv_heads) == (
-        4096,
-        11008,
-        32,
-        32,
-    )
-    assert (config.num_image_tokens, config.num_vision_blocks, config.decoder.rope_theta) == (576, 23, 10000.0)
+    decoder = config.decoder
+    assert (decoder.hidden_size, decoder.intermediate_size, decoder.num_hidden_layers, decoder.kv_heads) == (4096, 11008, 32, 32)
+    assert (config.num_image_tokens, config.num_vision_blocks, decoder.rope_theta) == (576, 23, 10000.0)
     with torch.device("meta"):
         assert sum(p.numel() for p in LVLM(config).parameters()) == 7_063_427_072  # the hub's count of llava-1.5-7b-hf
 
@@ -264,4 +270,22 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_name(section, change, me
     raw = random_config()
     (raw[section] if section else raw).update(change)
     with pytest.raises(ValueError, match=message):
-        parse_config(raw).num_vision_blocks
+        assert parse_config(raw).num_vision_blocks
+
+
+# ------------------------------------------------------------------------------------------------------ the embedded default
+
+
+def test_the_tiny_folder_is_small_half_precision_and_complete():
+    folder = data.NAMES["tiny"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}
+    lvlm = load_lvlm(folder)
+    assert lvlm.config.decoder.tie_word_embeddings and all(p.isfinite().all() for p in lvlm.parameters())
+
+
+def test_the_tiny_model_describes_scenes_it_has_never_seen():
+    """A foundation that had decayed would show here; the figures themselves are in the README, on more scenes."""
+    scores = benchmarks.caption_accuracy(VladVA.from_pretrained("tiny"), seed=77, count=40)
+    assert scores["placed"] > 80 and scores["where"] > 80

@@ -104,6 +104,15 @@ def test_a_run_on_scenes_writes_all_its_files_and_what_it_learned_reloads(random
     assert model.settings.rank == 4 and model.encode_text(["a red circle"]).isfinite().all()
 
 
+def test_a_minute_of_adaptation_already_beats_the_untouched_tiny_model(tmp_path):
+    scores = training.main(
+        ["--out", str(tmp_path / "run"), "--steps", "25", "--batch", "32", "--eval-gallery", "100", "--eval-items", "20", "--seed", "3"]
+    )
+    for direction in ("image_to_text", "text_to_image"):
+        before, after = (scores[when]["retrieval"][direction]["R@1"] for when in ("before", "after"))
+        assert after > before + 10
+
+
 def test_the_same_seed_gives_the_same_run_and_another_another(random_folder, tmp_path):
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
