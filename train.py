@@ -37,9 +37,7 @@ class TrainConfig:
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
     batch: int | None = None  # pairs a step; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
-    lr: float | None = (
-        None  # peak, of LoRA; None: 2e-4 at LLaVA-1.5-7B's width of 4096 (its own LoRA recipe; second-hand for the paper: 1e-4), more for narrower
-    )
+    lr: float | None = None  # peak, of LoRA; None: 2e-4 at a decoder width of 4096 (LLaVA-1.5's LoRA recipe), inversely with the width
     soft_prompt_lr: float | None = None  # peak; None: 4 x lr (ours)
     warmup: float = 0.05  # share of the steps, linear; then cosine to 0 (cosine: second-hand)
     weight_decay: float = 0.0  # ours
@@ -80,7 +78,7 @@ def adapt(model, rows, config, metrics_path):
     """The loop: one optimisation step of L = L_con + w L_CE (paper Sec. 3.2.3) a batch."""
     optimizer = make_optimizer(model, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    with open(metrics_path, "w", encoding="utf-8") as metrics, tqdm(total=config.steps, desc="adapting", disable=None) as bar:
+    with open(metrics_path, "w", encoding="utf-8", buffering=1) as metrics, tqdm(total=config.steps, desc="adapting", disable=None) as bar:
         for step, batch in enumerate(batches(model, rows, config), start=1):
             start, factor = time.perf_counter(), schedule(step, config)
             for group, peak in zip(optimizer.param_groups, peaks):
