@@ -15,6 +15,7 @@ import json
 import math
 import random
 import resource
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,13 +295,13 @@ def draw_report(held_out, before, after, metrics):
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     queries = min(QUERIES, len(before.sim)) if before else 0
     row, half = THUMB + 34, SHOWN * (THUMB + 8) + 24
-    page = Image.new("RGB", (2 * half + 16, 48 + queries * row + 250), "white")
+    page = Image.new("RGB", (2 * half + 16, 48 + queries * row + 190), "white")
     pen = ImageDraw.Draw(page)
     for x, title, measured in ((16, "before: the untouched LVLM", before), (16 + half, "after: VladVA", after)) if before else ():
         pen.text((x, 10), title, INK, font)
         for q in range(queries):
             y = 40 + q * row
-            pen.text((x, y), held_out.caption(q)[:72], INK, small)
+            pen.text((x, y), textwrap.shorten(held_out.caption(q), 66, placeholder=" ..."), INK, small)
             best = measured.sim[:, q].topk(min(SHOWN, len(measured.sim))).indices.tolist()
             for n, index in enumerate(best):
                 left, top = x + n * (THUMB + 8), y + 18
