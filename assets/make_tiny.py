@@ -1,12 +1,12 @@
 """Makes assets/tiny: a LLaVA-shaped LVLM of about two million parameters, pre-trained generatively on rendered scenes.
 
-    python assets/make_tiny.py --out /tmp/tiny        # an hour on 2 CPU cores; assets/tiny/README.md says how the committed weights were made
+    python assets/make_tiny.py --out /tmp/tiny     # about 50 minutes on 2 CPU cores; assets/tiny/README.md says how the committed weights were made
 
 After LLaVA's stages: (1) a warm-up of the vision tower and projector, standing in for CLIP's pre-training and LLaVA's feature alignment:
 every patch names its object's colour, shape, size, texture, cell and background *through the projector, against the decoder's own word
 embeddings*, so that image tokens start as visual words; (2) the paper's Eq. 2 on conversations about scenes and about captions, all weights
-but the vision tower's, in two stages: "describe", which starts on crowded scenes because nine look-ups a picture teach looking up within
-300 steps where three did not in 600, and "relate", which asks more about how objects lie to each other, also of captions alone.
+but the vision tower's, in two stages: "describe", which starts on crowded scenes, whose five to nine look-ups a picture teach looking up
+within 400 steps, and "relate", which asks more about how objects lie to each other, also of captions alone.
 
 Not here: anything discriminative. The result has never seen a contrastive loss.
 """
