@@ -64,7 +64,7 @@ class Settings:
 # Sec. 3.2.3; "{...}" is filled in, "<image>" stands for N image tokens. The line break before ASSISTANT: is the paper's print.
 IMAGE_TEMPLATE = "USER: {prompt} <image>\nASSISTANT:"
 TEXT_TEMPLATE = "USER: {prompt} {caption}\nASSISTANT:"
-DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT: {caption}"
+DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT:"  # then a blank, the long caption and </s>
 GENERATE_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
 
 
@@ -96,6 +96,8 @@ def cumulative_variance(emb):
     if len(emb) < 2:
         raise ValueError(f"cumulative variance of {len(emb)} embedding: at least 2 are needed")
     variance = torch.linalg.svdvals((emb - emb.mean(0)).double()).square()
+    if variance.sum() == 0:
+        raise ValueError("cumulative variance of embeddings that are all equal: there is no variance to share out")
     return (variance.cumsum(0) / variance.sum()).to(emb.dtype)
 
 
@@ -222,7 +224,7 @@ class VladVA(nn.Module):
     def attach(self):
         """Add what is trained: LoRA on the decoder's linears and soft prompts that start as the hand prompts' embeddings.
 
-        One forward before and after is the same, up to nothing: lora_b is zero and the soft prompts are the tokens they replace.
+        A fresh adapter changes no embedding: lora_b is zero, and the soft prompts are the embeddings they replace.
         """
         if self.settings.lora:
             lora.attach(self.lvlm.decoder, self.settings.rank, self.settings.alpha)
@@ -250,7 +252,7 @@ class VladVA(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- Sec. 3.2.3: templates
 
-    def sequence(self, template, prompt, caption="", more="", prompt_limit=None):
+    def sequence(self, template, prompt, caption="", more=""):
         """Tokenise a filled template once and find its parts by their characters; `more` continues it after the summary token.
 
         Tokenising the parts apart would give other ids: a tokenizer may join characters across their borders.
@@ -276,11 +278,10 @@ class VladVA(nn.Module):
         sequence = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt)
         if long is None:
             return sequence
-        turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt, caption="")
-        whole = self.sequence(
-            IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" ") + " " + self.tokenizer.checked(long) + self.tokenizer.eos
-        )
-        asked = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn.rstrip(" "))
+        turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)
+        asked = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn)
+        told = f"{turn} {self.tokenizer.checked(long)}{self.tokenizer.eos}"
+        whole = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=told)
         assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(sequence.ids)] == sequence.ids, (
             "a long caption changed the tokens before it"
         )

@@ -107,6 +107,8 @@ def test_cumulative_variance_of_rank_one_and_of_isotropic_embeddings():
     assert vladva.cumulative_variance(isotropic).tolist() == pytest.approx([1 / 3, 2 / 3, 1.0], abs=1e-6)
     with pytest.raises(ValueError, match="at least 2"):
         vladva.cumulative_variance(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="all equal"):
+        vladva.cumulative_variance(torch.ones(4, 3))
 
 
 def test_embeddings_have_length_one_and_similarity_is_the_cosine(random_model, scene_rows):
