@@ -97,7 +97,7 @@ def optimisation_step(model, batch, optimizer, clip):
     """Forward, backward, clip, update. Returns the step's losses and gradient norm; ValueError when they are not finite."""
     batch = batch.to(model.lvlm.device)
     contrastive, next_token = model.losses(batch)
-    loss = contrastive + model.settings.next_token_weight * next_token
+    loss = model.overall_loss(contrastive, next_token)
     if not loss.requires_grad:
         raise ValueError(
             "a batch gives neither loss anything to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0"

@@ -332,8 +332,11 @@ class VladVA(nn.Module):
         return contrastive, next_token
 
     def forward(self, batch):
-        """The overall loss (paper Sec. 3.2.3): L = L_con + weight * L_CE, 0-d."""
-        contrastive, next_token = self.losses(batch)
+        """The overall loss of a TrainingBatch (paper Sec. 3.2.3), 0-d."""
+        return self.overall_loss(*self.losses(batch))
+
+    def overall_loss(self, contrastive, next_token):
+        """L = L_con + weight * L_CE of the two terms that `losses` gives."""
         return contrastive + self.settings.next_token_weight * next_token
 
     @torch.no_grad()
@@ -422,17 +425,13 @@ class VladVA(nn.Module):
 
     def soft_prompt_tokens(self):
         """([(added token, its embedding), ...], {"image": prompt string, "text": prompt string with {caption}}) for save_merged."""
-        added, prompts = (
-            [],
-            {
-                "image": IMAGE_TEMPLATE.format(prompt=self.settings.image_prompt),
-                "text": TEXT_TEMPLATE.format(prompt=self.settings.text_prompt, caption="{caption}"),
-            },
-        )
-        for modality, vectors in self.soft_prompts.items():
+        added, prompts = [], {}
+        templates = {"image": (IMAGE_TEMPLATE, self.settings.image_prompt), "text": (TEXT_TEMPLATE, self.settings.text_prompt)}
+        for modality, (template, hand_prompt) in templates.items():
+            vectors = self.soft_prompts[modality].detach() if modality in self.soft_prompts else ()
             names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
-            added += zip(names, vectors.detach())
-            prompts[modality] = {"image": IMAGE_TEMPLATE, "text": TEXT_TEMPLATE}[modality].replace(" {prompt}", "".join(names))
+            added += zip(names, vectors)
+            prompts[modality] = template.replace(" {prompt}", "".join(names) or f" {hand_prompt}")
         return added, prompts
 
     def check_merged_prompts(self, tokenizer, prompts):
