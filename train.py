@@ -144,9 +144,10 @@ def batches(model, rows, config):
         for index in drawn:
             try:
                 usable.append(rows.row(index, rng))
-            except data.BadRow:
+            except data.BadRow as error:
                 if config.on_bad_data == "error":
                     raise
+                tqdm.write(f"row left out: {error}")
         yield model.training_batch(usable)
 
 

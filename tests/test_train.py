@@ -206,3 +206,22 @@ class FakeModel:
         class config:
             class decoder:
                 hidden_size = 4096
+
+
+def test_a_row_that_breaks_during_training_is_left_out_and_named(random_folder, capsys):
+    """It used to vanish without a word when pictures are not decoded beforehand."""
+    model = VladVA.from_pretrained(random_folder)
+
+    class Rows(list):
+        together = 1
+
+        def row(self, index, rng):
+            if index == 1:
+                raise data.BadRow("pairs.jsonl:2: broken")
+            return self[index]
+
+    rows = Rows({"image": Image.new("RGB", (96, 96)), "short": f"number {i}", "long": None} for i in range(4))
+    (batch,) = training.batches(model, rows, TrainConfig(steps=1, batch=4, on_bad_data="skip"))
+    assert len(batch.pixels) == 3 and "pairs.jsonl:2: broken" in capsys.readouterr().out
+    with pytest.raises(data.BadRow):
+        list(training.batches(model, rows, TrainConfig(steps=1, batch=4)))
