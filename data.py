@@ -8,7 +8,7 @@ Pairs are JSON lines, one picture a line, paths relative to the file:
 Scenes are pictures rendered with Pillow, decided by (seed, index) alone: 2 to 4 objects with colour, shape, size and texture on a 3 x 3
 grid, with short and long captions, questions, hard negatives after SugarCrepe and pairs after Winoground.
 
-Not here: prompts and templates (vladva.py), reading of public datasets, download of anything.
+Not here: prompts and templates (vladva.py), reading of public datasets.
 """
 
 import dataclasses
@@ -23,43 +23,106 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from model import read_json
+from model import read_json, shard_files, write_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-NAMES = {"tiny": Path(__file__).resolve().parent / "assets" / "tiny"}  # model names that are not folders
+TINY = Path(__file__).resolve().parent / "assets" / "tiny"
+NAMES = {"tiny": TINY, "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}  # a folder or a hub id
+WANTED_FILES = ["*.safetensors", "*.json"]  # of a hub model: no pickles
+
+# ------------------------------------------------------------------------------------------------------ model folders
+
+
+def model_folder(name):
+    """The folder that a model name stands for: one of NAMES, a folder, or a hub id, whose files are fetched when the cache lacks them."""
+    known = NAMES.get(str(name), name)
+    if Path(known).is_dir():
+        return Path(known)
+    if str(name) not in NAMES and (str(known).count("/") != 1 or str(known)[0] in "./~"):
+        raise ValueError(
+            f"no model folder {str(name)!r}: give {', '.join(NAMES)}, a hub id such as llava-hf/llava-1.5-7b-hf, or a folder in its layout"
+        )
+    return cached(known) or fetch(known)
+
+
+def cached(repo):
+    """The folder of a hub model in the local cache (HF_HOME), or None unless all its files are there."""
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=WANTED_FILES, local_files_only=True))
+        shard_files(folder)
+    except (LocalEntryNotFoundError, HFValidationError, ValueError):
+        return None
+    return folder if (folder / "config.json").exists() else None
+
+
+def fetch(repo):
+    """Download the safetensors and json files of a hub model into the cache, say how much and where to first; returns the folder."""
+    try:
+        files = [f for f in HfApi().model_info(repo, files_metadata=True, timeout=10).siblings if f.rfilename.endswith((".safetensors", ".json"))]
+        size = sum(f.size or 0 for f in files)
+        print(f"fetching {repo}: {len(files)} files, {size / 1e9:.1f} GB, into {constants.HF_HUB_CACHE}", flush=True)
+        return Path(snapshot_download(repo, allow_patterns=WANTED_FILES))
+    except (OSError, HFValidationError, *HfHubHTTPError.__bases__) as error:
+        reason = str(error).strip().split("\n")[0][:150]
+        raise ValueError(
+            f"{repo}: no such folder here, not whole in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} gave {type(error).__name__} "
+            f"({reason}); with the files on this disk: --model FOLDER"
+        ) from None
+
+
+def tower_folder(folder):
+    """The CLIP folder that the original LLaVA's config.json names ("mm_vision_tower"): inside the model folder, beside it, or in the cache.
+
+    None when there is none, or none is named: the hub's layout has its vision tower inside.
+    """
+    named = read_json(Path(folder) / "config.json").get("mm_vision_tower")
+    if named is None:
+        return None
+    places = (Path(folder) / Path(named).name, Path(folder).parent / Path(named).name, Path(named))
+    return next((place for place in places if (place / "config.json").is_file()), None) or cached(named)
+
+
+def copy_companions(source, target):
+    """Copy the small json files of a model folder, all but those that describe weights and tokens.
+
+    transformers 5 rebuilds a Llama tokenizer from its vocabulary, with other ids beside special tokens; the class written here takes
+    tokenizer.json as it is, as this project does.
+    """
+    for path in Path(source).glob("*.json"):
+        if path.name not in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+            shutil.copy(path, target)
+    described = Path(target) / "tokenizer_config.json"
+    raw = read_json(described) if described.exists() else {}
+    kept = {key: value for key, value in raw.items() if key not in ("added_tokens_decoder", "auto_map", "add_bos_token", "add_eos_token", "legacy")}
+    write_json(described, kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def model_folder(name):
-    """The folder that a model name stands for: "tiny" or an existing folder. ValueError lists what there is."""
-    folder = NAMES.get(str(name), Path(name))
-    if not folder.is_dir():
-        raise ValueError(f"no model folder {str(name)!r}: give {' or '.join(NAMES)}, or a folder in the layout of llava-hf/llava-1.5-7b-hf")
-    return folder
-
-
-def copy_companions(source, target):
-    """Copy the small json files of a model folder, all but those that describe weights and tokens."""
-    for path in Path(source).glob("*.json"):
-        if path.name not in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
-            shutil.copy(path, target)
-
-
 class Tokenizer:
-    """tokenizer.json of a model folder as it is, with the ids that the method needs."""
+    """tokenizer.json of a model folder as it is, with the ids that the method needs.
+
+    image_id: of <image>. placeholder_id stands in a sequence where image tokens will be placed: image_id when the model embeds it.
+    """
 
     def __init__(self, folder, config):
         path = Path(folder) / "tokenizer.json"
         read_json(path)  # one clear line when it is missing or broken
         self.inner = tokenizers.Tokenizer.from_file(str(path))
-        text = config.raw["text_config"]
+        text, rows = config.raw["text_config"], config.decoder.vocab_size
         self.image_id = config.image_token_id
+        if self.image_id >= rows:  # the original LLaVA, which cuts the text at <image> instead of having a token for it
+            self.inner.add_special_tokens([tokenizers.AddedToken("<image>", special=True, normalized=False)])
+            self.image_id = self.inner.token_to_id("<image>")
         self.bos_id, self.eos_id = text.get("bos_token_id", 1), text.get("eos_token_id", 2)  # LlamaConfig's defaults
         self.pad_id = self.eos_id  # never seen by a real token, so any id serves
+        self.placeholder_id = self.image_id if self.image_id < rows else self.pad_id
         self.eos, self.image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
         self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
         if self.eos is None or self.image != "<image>":
@@ -69,8 +132,9 @@ class Tokenizer:
             )
         if self.inner.encode("a").ids[0] != self.bos_id or self.inner.encode("a").ids.count(self.bos_id) != 1:
             raise ValueError(f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer")
-        if self.inner.get_vocab_size() > config.decoder.vocab_size:
-            raise ValueError(f"{path} has {self.inner.get_vocab_size()} tokens, but the model embeds {config.decoder.vocab_size}")
+        highest = max(token for token in self.inner.get_vocab().values() if token != self.image_id)
+        if highest >= rows:
+            raise ValueError(f"{path} has {self.inner.id_to_token(highest)!r} at id {highest}, but the model embeds {rows} tokens")
 
     def encode(self, text):
         """tokenizers.Encoding of a text: .ids with one BOS first, .offsets in characters."""
@@ -137,8 +201,10 @@ class ImageProcessor:
     mode "crop" does these as they are; "pad" first pads to a square with the mean colour, so that nothing is cut off.
     """
 
-    def __init__(self, folder, config, mode):
+    def __init__(self, folder, config, mode, tower=None):
         path = Path(folder) / "preprocessor_config.json"
+        if tower and not path.exists():
+            path = Path(tower) / path.name
         raw, side = read_json(path), config.vision.image_size
         if mode not in ("crop", "pad"):
             raise ValueError(f"image mode is {mode!r}: 'crop' or 'pad'")

@@ -1,7 +1,7 @@
 """The LVLM, from scratch: a CLIP-ViT encoder, an MLP projector and a Llama decoder, in the shape of LLaVA-1.5.
 
     from model import load_lvlm
-    lvlm = load_lvlm("assets/tiny")          # any folder in the layout of llava-hf/llava-1.5-7b-hf
+    lvlm = load_lvlm("assets/tiny")          # a folder with LLaVA-1.5's weights, in any of the layouts of PREFIXES
     hidden = lvlm.decoder(lvlm.embed(ids))   # (B, T, D), after the final norm
 
 Everything the method (vladva.py) needs is here and nothing more: features, hidden states, logits, cached generation.
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
@@ -93,6 +94,8 @@ class LVLMConfig:
 
 # What this code does, by config field. Another value would silently give another model, so it is refused by name.
 SUPPORTED = {
+    "original": {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False,),
+                 "mm_use_im_patch_token": (False,), "image_aspect_ratio": ("pad", "square", None)},
     "top": {"model_type": ("llava",), "projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",),
             "multimodal_projector_bias": (True,), "quantization_config": (None,)},
     "vision_config": {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",), "num_channels": (3,)},
@@ -111,22 +114,56 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON ({error})") from None
 
 
+def check_supported(name, section):
+    """ValueError naming the first field of a config section that asks for something else than SUPPORTED[name] allows."""
+    for key, allowed in SUPPORTED[name].items():
+        if key in section and section[key] not in allowed:
+            raise ValueError(f"config.json: {name}.{key} is {section[key]!r}; this code does {' or '.join(map(repr, allowed))} only")
+
+
+def hub_config(raw, tower):
+    """config.json as the original LLaVA writes it (flat, "mm_..."), and that of its CLIP folder or None -> the hub's nested form.
+
+    Its <image> has no row in the embedding table: it takes the first id beyond.
+    """
+    check_supported("original", raw)
+    vision = raw.get("vision_config") or (tower and (tower.get("vision_config") or tower))
+    if not vision:
+        raise ValueError(
+            f"config.json names the vision tower {raw['mm_vision_tower']!r}, which is not here: put that CLIP folder (config.json, "
+            f"preprocessor_config.json, *.safetensors) beside, as {Path(raw['mm_vision_tower']).name}"
+        )
+    extra = ("rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id")
+    text = {key: raw[key] for key in (*DecoderConfig.__dataclass_fields__, *extra) if key in raw}
+    feature_layer = {"vision_feature_layer": raw["mm_vision_select_layer"]} if "mm_vision_select_layer" in raw else {}
+    top = {"model_type": "llava", "image_token_index": text.get("vocab_size", DecoderConfig.vocab_size), "projector_hidden_act": "gelu"}
+    quantized = {"quantization_config": raw.get("quantization_config")}
+    return {
+        **top,
+        **feature_layer,
+        **quantized,
+        "vision_config": {"model_type": "clip_vision_model", **vision},
+        "text_config": {"model_type": "llama", **text},
+    }
+
+
 def parse_config(raw):
     """config.json of a llava folder (a dict) -> LVLMConfig. ValueError names a missing field or one this code cannot honour."""
     sections = {"top": raw, "vision_config": raw.get("vision_config"), "text_config": raw.get("text_config")}
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ValueError(f"config.json has no object {name!r}: wanted the layout of llava-hf/llava-1.5-7b-hf")
-        for key, allowed in SUPPORTED[name].items():
-            if key in section and section[key] not in allowed:
-                raise ValueError(f"config.json: {name}.{key} is {section[key]!r}; this code does {' or '.join(map(repr, allowed))} only")
+        check_supported(name, section)
     image_token_id = raw.get("image_token_id", raw.get("image_token_index"))
     if image_token_id is None:
         raise ValueError("config.json has neither image_token_index nor image_token_id: it must name the id of <image>")
+    if not isinstance(raw.get("vision_feature_layer", -2), int):
+        raise ValueError(f"config.json: vision_feature_layer is {raw['vision_feature_layer']!r}; this code reads one layer, an integer")
     text = dict(sections["text_config"])
     rope = text.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"config.json: text_config.rope_parameters.rope_type is {rope['rope_type']!r}; this code does 'default' only")
+    strange = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type") or (k == "rope_type" and v != "default")}
+    if strange:
+        raise ValueError(f"config.json: text_config.rope_parameters asks for {strange}; this code does rope_type 'default' with a rope_theta only")
     text.setdefault("rope_theta", rope.get("rope_theta", DecoderConfig.rope_theta))
     text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", DecoderConfig.tie_word_embeddings))
     return LVLMConfig(
@@ -136,6 +173,14 @@ def parse_config(raw):
         vision_feature_layer=raw.get("vision_feature_layer", -2),
         raw=raw,
     )
+
+
+def read_config(folder, tower=None):
+    """LVLMConfig of a model folder; tower: the CLIP folder beside it, for the original LLaVA's layout."""
+    raw = read_json(Path(folder) / "config.json")
+    if "mm_vision_tower" in raw:
+        raw = hub_config(raw, read_json(Path(tower) / "config.json") if tower else None)
+    return parse_config(raw)
 
 
 # ------------------------------------------------------------------------------------------------------ vision tower
@@ -364,9 +409,34 @@ class LVLM(nn.Module):
 # ------------------------------------------------------------------------------------------------------ generation
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedily at temperature 0, otherwise from softmax(logits / temperature) cut to `top_p` of its mass."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0  # the same seed, model and batch give the same text
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature {self.temperature}, top-p {self.top_p}: wanted 0 or more, and above 0 up to 1")
+
+
+GREEDY = Sampling()
+
+
+def next_token(logits, sampling, generator):
+    """logits (B, V) -> token ids (B,). Top-p keeps the likeliest tokens until their mass reaches top_p, at least one."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p, token = (logits.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0.0)
+    return token.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
 @torch.no_grad()
-def generate(lvlm, embeds, lengths, eos_id, max_new_tokens):
-    """Greedy decoding of a batch with the key-value cache.
+def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY):
+    """Decoding of a batch with the key-value cache.
 
     embeds: (B, T, D) right-padded decoder inputs; lengths: (B,) real tokens per row. Returns a list of B lists of token ids, each
     ending before its first `eos_id`.
@@ -379,12 +449,13 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens):
     if slots > limit:
         raise ValueError(f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {limit} positions: ask for fewer")
     cache = KVCache(lvlm.config.decoder, batch, slots, embeds.device, embeds.dtype)
+    generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
     positions = torch.arange(width, device=embeds.device).expand(batch, -1)
     hidden = lvlm.decoder(embeds, cache, positions)
     last = hidden[torch.arange(batch, device=embeds.device), lengths - 1]  # (B, D)
     produced, done = [], torch.zeros(batch, dtype=torch.bool, device=embeds.device)
     for step in range(max_new_tokens):
-        token = lvlm.head(last).argmax(-1)  # (B,)
+        token = next_token(lvlm.head(last), sampling, generator)  # (B,)
         produced.append(token)
         done |= token == eos_id
         if step + 1 == max_new_tokens or done.all():
@@ -396,16 +467,26 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens):
 
 # ------------------------------------------------------------------------------------------------------ weights on disk
 
-# Prefix in the folder -> prefix here, first match wins (the layout of llava-hf/llava-1.5-7b-hf).
+# Prefix in a folder -> prefix here, first match wins. The same weights circulate under several names; a save uses the hub's.
+VISION_ROOTS = ("vision_tower.vision_model.", "vision_tower.",  # llava-hf; transformers 5 leaves "vision_model." out
+                "model.vision_tower.vision_tower.vision_model.",  # the original LLaVA, tower inside
+                "model.vision_tower.vision_model.", "model.vision_tower.",  # transformers 4.52 and later; 5
+                "vision_model.")  # fmt: skip  # a CLIP folder beside the original LLaVA
 PREFIXES = (
-    ("language_model.model.", "decoder."),
+    ("language_model.model.", "decoder."),  # llava-hf
     ("language_model.lm_head.", "head."),
     ("multi_modal_projector.", "projector."),
-    ("vision_tower.vision_model.embeddings.", "vision."),
-    ("vision_tower.vision_model.encoder.", "vision."),
-    ("vision_tower.vision_model.", "vision."),
+    ("model.language_model.", "decoder."),  # transformers 4.52 and later
+    ("model.multi_modal_projector.", "projector."),
+    ("lm_head.", "head."),
+    ("model.mm_projector.0.", "projector.linear_1."),  # the original LLaVA
+    ("model.mm_projector.2.", "projector.linear_2."),
+    *((root + part, "vision.") for root in VISION_ROOTS for part in ("embeddings.", "encoder.", "")),
+    ("model.", "decoder."),  # the original LLaVA
 )
 IGNORED_SUFFIXES = ("embeddings.position_ids", "rotary_emb.inv_freq")  # tables that old checkpoints carry and that are recomputed
+IGNORED_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # the rest of a CLIP folder
+FLOATS = ("F64", "F32", "F16", "BF16")  # stored dtypes that can be read as they are
 
 
 def to_ours(key):
@@ -425,11 +506,16 @@ def shard_files(folder):
     """The safetensors files of a folder: those its index names, or the single model.safetensors."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).exists()]
-    if missing:
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    if missing and pickles:
+        raise ValueError(
+            f"{folder}: {', '.join(missing)} not found, and {pickles[0]} is a pickle, which could run any code: convert it to safetensors"
+        )
+    if missing or not names:
         wanted = f"every shard of {index.name}" if index.exists() else "model.safetensors or its index"
-        raise ValueError(f"{folder}: {', '.join(missing)} not found; wanted {wanted}")
+        raise ValueError(f"{folder}: {', '.join(missing) or 'weight_map'} not found; wanted {wanted}")
     return [folder / name for name in names]
 
 
@@ -438,7 +524,7 @@ def open_shard(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): truncated download, or another format") from None
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): truncated download, or another format such as a pickle") from None
 
 
 def check_keys(found, wanted):
@@ -451,47 +537,104 @@ def check_keys(found, wanted):
     problems = [f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)) if names]  # fmt: skip
     if problems:
-        raise ValueError("the weights do not fit config.json: " + "; ".join(problems))
+        raise ValueError("; ".join(problems))
 
 
-def load_weights(lvlm, folder, device, dtype):
-    """Copy every tensor of the folder's shards to its place, device and dtype, one at a time; strict on keys and shapes."""
-    wanted = {name: p.shape for name, p in lvlm.named_parameters()}
-    shards = [open_shard(path) for path in shard_files(folder)]
-    found = {}  # our name -> (shard, stored name)
-    for shard in shards:
-        for stored in shard.keys():
-            if not stored.endswith(IGNORED_SUFFIXES):
-                found[to_ours(stored) or stored] = (shard, stored)
-    if lvlm.config.decoder.tie_word_embeddings:
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: which file, under which name, of which shape."""
+
+    path: Path
+    name: str
+    shape: tuple
+
+
+def stored_tensors(paths):
+    """{name here: Stored} of every tensor in some safetensors files; a name that no layout knows stays as it is."""
+    found = {}
+    for path in paths:
+        shard = open_shard(path)
+        for name in shard.keys():
+            if name.endswith(IGNORED_SUFFIXES) or name.startswith(IGNORED_PREFIXES):
+                continue
+            ours, header = to_ours(name) or name, shard.get_slice(name)
+            if ours in found:
+                raise ValueError(f"{path}: {name} is the same weight as {found[ours].name} of {found[ours].path.name}: remove one of the two")
+            if header.get_dtype() not in FLOATS:
+                raise ValueError(f"{path}: {name} is stored as {header.get_dtype()}; this code reads {', '.join(FLOATS)} only, nothing quantised")
+            found[ours] = Stored(path, name, tuple(header.get_shape()))
+    return found
+
+
+def load_weights(lvlm, folder, device, dtype, tower=None):
+    """Copy every tensor to its place, device and dtype, one at a time; strict on keys and shapes.
+
+    A shard is mapped anew for each tensor and let go after it: pages that were read would otherwise count as memory of this process,
+    up to the size of the file.
+    """
+    found, tied = stored_tensors(shard_files(folder)), lvlm.config.decoder.tie_word_embeddings
+    if tower and not any(name.startswith("vision.") for name in found):
+        found |= stored_tensors(shard_files(tower))
+    if tied:
         found.pop("head.weight", None)  # some tied checkpoints store the shared weight twice
-    check_keys({name: shard.get_slice(stored).get_shape() for name, (shard, stored) in found.items()}, wanted)
-    state = {name: shard.get_tensor(stored).to(device=device, dtype=dtype) for name, (shard, stored) in found.items()}
-    if lvlm.config.decoder.tie_word_embeddings:
+    wanted = {found[name].name if name in found else to_hub(name): p.shape for name, p in lvlm.named_parameters()}
+    try:
+        check_keys({stored.name: stored.shape for stored in found.values()}, wanted)
+    except ValueError as error:
+        raise ValueError(f"the weights of {folder} do not fit its config.json: {error}") from None
+    state = {}
+    for name, stored in tqdm(found.items(), desc="loading weights", leave=False, disable=None):
+        with open_shard(stored.path) as shard:
+            state[name] = shard.get_tensor(stored.name).to(device=device, dtype=dtype, copy=True)
+    if tied:
         state["head.weight"] = state["decoder.embed_tokens.weight"]
     lvlm.load_state_dict(state, assign=True)
-    if lvlm.config.decoder.tie_word_embeddings:
+    if tied:
         lvlm.head.weight = lvlm.decoder.embed_tokens.weight
 
 
-def load_lvlm(folder, device="cpu", dtype=torch.float32):
-    """The LVLM in a folder of the hub's LLaVA layout, frozen, on one device in one dtype."""
-    config = parse_config(read_json(Path(folder) / "config.json"))
+def load_lvlm(folder, device="cpu", dtype=torch.float32, tower=None):
+    """The LVLM in a model folder, frozen, on one device in one dtype. tower: the CLIP folder that the original LLaVA's layout needs."""
     with torch.device("meta"):
-        lvlm = LVLM(config)
-    load_weights(lvlm, folder, device, dtype)
+        lvlm = LVLM(read_config(folder, tower))
+    load_weights(lvlm, folder, device, dtype, tower)
     return lvlm.requires_grad_(False).eval()
 
 
 def save_lvlm(lvlm, folder, dtype):
-    """Write config.json and model.safetensors in the hub's layout; load_lvlm and transformers read them back."""
-    save_weights(dict(lvlm.named_parameters()), lvlm.config.raw, folder, dtype)
+    """Write config.json and the weights in the hub's layout; load_lvlm and transformers read them back."""
+    save_weights(lvlm.named_parameters(), lvlm.config.raw, folder, dtype)
 
 
-def save_weights(tensors, raw_config, folder, dtype):
-    """Write tensors under this project's names, and a config.json, as a folder in the hub's layout."""
-    folder = Path(folder)
+def save_weights(named, raw_config, folder, dtype, shard_bytes=5_000_000_000):
+    """Write (name here, tensor) pairs, taken one at a time, and a config.json as a folder in the hub's layout.
+
+    One model.safetensors, or shards of at most shard_bytes (a larger tensor has one of its own) with their index.
+    """
+    folder, parts, shard = Path(folder), [], {}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
-    hub = {to_hub(name): tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def flush():
+        parts.append((folder / f"shard-{len(parts)}.partial", {name: tensor.nbytes for name, tensor in shard.items()}))
+        save_file(shard, parts[-1][0], metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in named:
+        stored = tensor.detach().to("cpu", dtype).contiguous()
+        if shard and stored.nbytes + sum(t.nbytes for t in shard.values()) > shard_bytes:
+            flush()
+        shard[to_hub(name)] = stored
+    flush()
+    names = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)] if len(parts) > 1 else ["model.safetensors"]
+    for (part, _), name in zip(parts, names):
+        part.replace(folder / name)
+    if len(parts) > 1:
+        total = sum(sum(sizes.values()) for _, sizes in parts)
+        weight_map = {key: name for (_, sizes), name in zip(parts, names) for key in sizes}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "config.json", raw_config)
+
+
+def write_json(path, value):
+    """The value as indented JSON, one line feed at the end."""
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

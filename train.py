@@ -2,11 +2,11 @@
 
     python train.py                                                    # the tiny LVLM on rendered scenes, a few minutes on 2 CPU cores
     python train.py --data pairs.jsonl --out runs/mine                 # your own pictures (data.py says how a line looks)
-    python train.py --model path/to/llava-1.5-7b-hf --data pairs.jsonl --dtype bfloat16 --checkpointing
+    python train.py --model llava-1.5-7b --data pairs.jsonl            # the real one: from the hub, its cache, or a folder
 
 Writes OUT/adapter.safetensors, OUT/config.json, OUT/metrics.jsonl, OUT/scores.json and OUT/report.png.
 
-Not here: the losses (vladva.py), the benchmarks (eval.py). Micro-batches, several devices and resuming are not written yet.
+Not here: the losses (vladva.py), the benchmarks (eval.py). Several devices and resuming are not written yet.
 """
 
 import argparse
@@ -26,31 +26,34 @@ from tqdm import tqdm
 
 import data
 import eval as benchmarks
-from vladva import Settings, VladVA, command, pick_device, pick_dtype, similarity
+from vladva import Outputs, Settings, VladVA, command, free_bytes, pick_device, pick_dtype, similarity
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on, beside the method's Settings. None: decided when the run starts, and written to OUT/config.json."""
 
-    model: str = "tiny"  # or a folder
-    data: str = "scenes"  # or a file of JSON lines
+    model: str = "tiny"  # or llava-1.5-7b, llava-1.5-13b, a folder, a hub id
+    data: str | None = None  # a file of JSON lines; None: rendered scenes
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
     batch: int | None = None  # pairs a step; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
+    micro_batch: int | None = None  # pairs that are in memory at a time, the gradient being the same; None: what free memory allows
     lr: float | None = None  # peak, of LoRA; None: 2e-4 at a decoder width of 4096 (LLaVA-1.5's LoRA recipe), inversely with the width
     soft_prompt_lr: float | None = None  # peak; None: 4 x lr (ours)
     warmup: float = 0.05  # share of the steps, linear; then cosine to 0 (cosine: second-hand)
     weight_decay: float = 0.0  # ours
     clip: float = 1.0  # largest gradient norm; ours
     seed: int = 0  # of adapter weights, data order and training scenes
-    dtype: str = "float32"  # of the frozen weights and the compute; what is trained stays float32
+    dtype: str | None = (
+        None  # of frozen weights and compute (what is trained stays float32); None: bfloat16 on cuda, on the cpu float32 if it fits well
+    )
     device: str | None = None  # None: cuda when there is one
-    checkpointing: bool = False  # recompute each decoder block in the backward pass: less memory, about a third more time
+    checkpointing: bool | None = None  # recompute each decoder block in the backward pass: less memory, about a third more time; None: on cuda
     on_bad_data: str = "error"  # or "skip": leave bad rows out, count and list them
     scenes: int = 20000  # training scenes to draw from
     eval_seed: int = benchmarks.TEST_SEED  # of the held-out scenes
-    eval_gallery: int = 1000  # held-out scenes in the retrieval gallery
+    eval_gallery: int = 1000  # held-out scenes in the retrieval gallery; 0: nothing is measured before and after
     eval_items: int = 500  # held-out items a category
     holdout: int | None = None  # rows of a pairs file kept out of training, for retrieval; None: a tenth, at most 1000
 
@@ -61,7 +64,9 @@ class TrainConfig:
 def train(config, settings):
     """Measure, adapt, measure again. Returns {"before": results, "after": results}, empty when nothing was held out."""
     torch.manual_seed(config.seed)
-    model = VladVA.from_pretrained(config.model, None, pick_device(config.device), pick_dtype(config.dtype), settings)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, config.model)
+    model = VladVA.from_pretrained(config.model, None, device, dtype, settings)
     rows, held_out = open_data(config, model)
     config = resolve(config, model, rows)
     out = start_run(config, settings)
@@ -80,35 +85,56 @@ def adapt(model, rows, config, metrics_path):
     optimizer = make_optimizer(model, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
     with open(metrics_path, "w", encoding="utf-8", buffering=1) as metrics, tqdm(total=config.steps, desc="adapting", disable=None) as bar:
-        for step, batch in enumerate(batches(model, rows, config), start=1):
+        for step, parts in enumerate(batches(model, rows, config), start=1):
             start, factor = time.perf_counter(), schedule(step, config)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
-            measured = optimisation_step(model, batch, optimizer, config.clip)
-            seconds = time.perf_counter() - start
-            measured |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "images_per_s": len(batch.pixels) / seconds}
-            measured |= {"tokens_per_s": token_count(batch) / seconds, "peak_bytes": peak_bytes(model.lvlm.device)}
+            measured = optimisation_step(model, parts, optimizer, config.clip)
+            seconds, images = time.perf_counter() - start, sum(len(part.pixels) for part in parts)
+            measured |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "images_per_s": images / seconds}
+            measured |= {"tokens_per_s": token_count(parts) / seconds, "peak_bytes": peak_bytes(model.lvlm.device)}
             metrics.write(json.dumps({"step": step, **measured}) + "\n")
-            bar.set_postfix(loss=f"{measured['loss']:.3f}", images_per_s=f"{measured['images_per_s']:.0f}")
+            bar.set_postfix(loss=f"{measured['loss']:.3f}", images_per_s=f"{measured['images_per_s']:.2f}")
             bar.update()
 
 
-def optimisation_step(model, batch, optimizer, clip):
-    """Forward, backward, clip, update. Returns the step's losses and gradient norm; ValueError when they are not finite."""
-    batch = batch.to(model.lvlm.device)
-    contrastive, next_token = model.losses(batch)
-    loss = model.overall_loss(contrastive, next_token)
-    if not loss.requires_grad:
-        raise ValueError(
-            "a batch gives neither loss anything to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0"
-        )
+def optimisation_step(model, parts, optimizer, clip):
+    """Gradients of the batch, clip, update. Returns the step's losses and gradient norm; ValueError when they are not finite."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    contrastive, next_token = backward(model, [part.to(model.lvlm.device) for part in parts])
+    loss = model.overall_loss(contrastive, next_token)
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], clip)
     if not torch.isfinite(loss + norm):
         raise ValueError(f"loss {loss.item()} and gradient norm {norm.item()} are not finite: lower --lr, or use --dtype float32")
     optimizer.step()
     return {"loss": loss.item(), "contrastive": contrastive.item(), "next_token": next_token.item(), "grad_norm": norm.item()}
+
+
+def backward(model, parts):
+    """Add the gradient of the overall loss of one batch to every trained parameter; returns (contrastive, next-token).
+
+    parts: the batch as TrainingBatches, of which one at a time is in memory with its graph (gradient caching, Gao et al., 2021, arXiv
+    2101.06983). The gradient is that of model(batch) in one piece; Eq. 1 sees every pair of the batch.
+    """
+    whole = len(parts) == 1
+    with torch.set_grad_enabled(whole):  # 1. embed all parts, without a graph if they are to be run again
+        first = [model.outputs(part if whole else part.prompts()) for part in parts]
+    image_emb, text_emb = (torch.cat([getattr(o, name).detach() for o in first]).requires_grad_() for name in ("image_emb", "text_emb"))
+    contrastive, _ = model.losses(Outputs(image_emb, text_emb, None), ())  # 2. Eq. 1 over the whole batch, and its gradient
+    tokens = sum(len(part.images.targets) for part in parts)
+    if contrastive.requires_grad:
+        contrastive.backward()
+    elif not (tokens and model.settings.next_token_weight):
+        raise ValueError("a batch has nothing to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0")
+    image_grads, text_grads = (torch.zeros_like(emb) if emb.grad is None else emb.grad for emb in (image_emb, text_emb))
+    row, next_token = 0, torch.zeros_like(contrastive.detach())
+    for part in parts:  # 3. each part with its graph: that gradient goes back together with Eq. 2's
+        out, rows = first[0] if whole else model.outputs(part), slice(row, row + len(part.with_short))
+        _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0]), part.images.targets, tokens)
+        pull = (out.image_emb * image_grads[rows]).sum() + (out.text_emb * text_grads[rows]).sum()
+        model.overall_loss(pull, share).backward()
+        row, next_token = rows.stop, next_token + share.detach()
+    return contrastive.detach(), next_token
 
 
 def make_optimizer(model, config):
@@ -148,7 +174,9 @@ def batches(model, rows, config):
                 if config.on_bad_data == "error":
                     raise
                 tqdm.write(f"row left out: {error}")
-        yield model.training_batch(usable)
+        usable.sort(key=lambda row: len(row["long"] or ""))  # rows of similar length share a micro-batch
+        size = config.micro_batch or len(usable)
+        yield [model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
 
 
 # ------------------------------------------------------------------------------------------------------ start
@@ -158,9 +186,11 @@ class HeldOutScenes:
     """Held-out scenes as a benchmark of retrieval and compositionality."""
 
     def __init__(self, config):
-        self.benchmark = benchmarks.scene_benchmark(config.eval_seed, config.eval_gallery, config.eval_items)
+        self.benchmark = config.eval_gallery and benchmarks.scene_benchmark(config.eval_seed, config.eval_gallery, config.eval_items)
 
     def measure(self, model):
+        if not self.benchmark:
+            return None
         image_emb, text_emb = benchmarks.embed(model, self.benchmark)
         gallery = self.benchmark.gallery
         return Measured(benchmarks.score(self.benchmark, image_emb, text_emb), similarity(image_emb[:gallery], text_emb[:gallery]))
@@ -202,9 +232,11 @@ class Measured:
 
 
 def open_data(config, model):
-    """(rows to train on, what is held out) for --data scenes or a pairs file."""
-    if config.data == "scenes":
-        return data.Scenes(config.seed, config.scenes, model.lvlm.config.vision.image_size), HeldOutScenes(config)
+    """(rows to train on, what is held out) for rendered scenes or a pairs file."""
+    if config.data is None:
+        size = model.lvlm.config.vision.image_size
+        print(f"no --data: rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
+        return data.Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
     pairs = data.Pairs(config.data, model.tokenizer, config.on_bad_data)
     if pairs.bad:
         print(f"{len(pairs.bad)} bad rows of {config.data} left out:\n  " + "\n  ".join(pairs.bad[:20]) + ("\n  ..." if len(pairs.bad) > 20 else ""))
@@ -226,17 +258,39 @@ def resolve(config, model, rows):
     lr = config.lr if config.lr is not None else 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size
     if not 2 <= batch <= len(rows):
         raise ValueError(f"--batch {batch}: wanted 2 to {len(rows)}, the rows there are to train on")
-    for name, low in (("steps", 1), ("scenes", 2), ("eval_gallery", 2), ("eval_items", 1)):
-        if getattr(config, name) < low:
+    for name, low in (("steps", 1), ("scenes", 2), ("eval_gallery", 2 * (config.eval_gallery != 0)), ("eval_items", 1), ("micro_batch", 1)):
+        if getattr(config, name) is not None and getattr(config, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed")
+    checkpointing = config.checkpointing if config.checkpointing is not None else model.lvlm.device.type == "cuda"
     return dataclasses.replace(
         config,
+        dtype=str(model.lvlm.dtype).removeprefix("torch."),
+        checkpointing=checkpointing,
+        micro_batch=min(batch, config.micro_batch or fitting_micro_batch(model, checkpointing)),
         out=config.out or str(Path("runs") / Path(config.model).name),
         batch=batch,
         lr=lr,
         soft_prompt_lr=config.soft_prompt_lr if config.soft_prompt_lr is not None else 4 * lr,
         device=str(model.lvlm.device),
     )
+
+
+def fitting_micro_batch(model, checkpointing):
+    """The most pairs whose activations fit into 0.6 of the memory that is free now, with captions of 500 tokens (the paper's longest)."""
+    tokens = len(model.image_sequence().ids) + len(model.text_sequence("a").ids) + 500
+    row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.dtype.itemsize)
+    return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
+
+
+def activation_bytes(decoder, tokens, checkpointing, itemsize):
+    """Memory that `tokens` tokens hold between the forward and the backward pass of the decoder, estimated from its shapes.
+
+    A block keeps about 13 D + 4 I numbers a token in bfloat16 and 9 D + 4 I in float32 (I: width of its MLP; counted from the tensors that
+    autograd saves); the rest is room for the backward pass itself. Checkpointing keeps D a block and one block's numbers at a time.
+    """
+    width, blocks = decoder.hidden_size, decoder.num_hidden_layers
+    block = 14 * width + 5 * decoder.intermediate_size
+    return itemsize * tokens * (blocks * width + block if checkpointing else blocks * block)
 
 
 def start_run(config, settings):
@@ -261,9 +315,9 @@ def announce(config, settings, model, rows):
     print("  ".join(f"{name}={value}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
 
 
-def token_count(batch):
+def token_count(parts):
     """Tokens of a batch, padding included."""
-    return batch.images.ids.numel() + (batch.texts.ids.numel() if batch.texts else 0)
+    return sum(part.images.ids.numel() + (part.texts.ids.numel() if part.texts else 0) for part in parts)
 
 
 def peak_bytes(device):
@@ -337,14 +391,13 @@ def draw_curve(pen, box, values, title, fonts):
 def add_fields(parser, cls, skip=()):
     """One flag a field of a config dataclass, defaults and all."""
     for f in dataclasses.fields(cls):
-        flag, kind = f"--{f.name.replace('_', '-')}", str(f.type).split(" |")[0]
+        flag, kind = f"--{f.name.replace('_', '-')}", str(f.type).removeprefix("<class '").removesuffix("'>").removesuffix(" | None")
         if f.name in skip:
             continue
-        if f.type in (bool, "bool"):
+        if kind == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
         else:
-            parse = {"int": int, "float": float, "str": str}[getattr(f.type, "__name__", kind)]
-            parser.add_argument(flag, type=parse, default=f.default, help=f"(default: {f.default})")
+            parser.add_argument(flag, type={"int": int, "float": float, "str": str}[kind], default=f.default, help=f"(default: {f.default})")
 
 
 def from_args(cls, args):

@@ -16,8 +16,10 @@ Not here: the network (model.py), files and pictures (data.py), the training loo
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +120,50 @@ def contrastive_loss(image_emb, text_emb, temperature):
     return F.cross_entropy(sim, pairs) + F.cross_entropy(sim.T, pairs)
 
 
-def next_token_loss(hidden, targets, head_weight):
+def next_token_loss(hidden, targets, head_weight, total=None):
     """-mean log p(u_i | x_v, x_p, u_<i) over caption tokens (paper, Eq. 2; the mean per token instead of the sum is ours).
 
-    hidden: (M, D), the states that predict; targets: (M,) token ids; head_weight: (V, D). Only caption tokens come here, so no logits
-    exist for image or prompt tokens. Returns a 0-d loss in nats per token. Raises ValueError when there is no token.
+    hidden: (M, D), the states that predict; targets: (M,) token ids; head_weight: (V, D); total: the tokens of the whole batch when this
+    is a part of it. Only caption tokens come here, so no logits exist for image or prompt tokens. Returns a 0-d loss in nats per token.
+    Raises ValueError when there is no token.
     """
-    if len(targets) == 0:
+    total = len(targets) if total is None else total
+    if total == 0:
         raise ValueError("next-token loss over no token: the batch holds no long caption")
-    logits = hidden @ head_weight.T  # (M, V)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
+    return ChunkedCrossEntropy.apply(hidden, targets, head_weight) / total
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over M tokens of the cross-entropy of hidden @ head_weight.T, a chunk of rows at a time.
+
+    No logits are kept: each chunk's gradient, (softmax - one-hot) @ head_weight, is taken while its logits are there.
+    """
+
+    CHUNK = 1024  # rows of logits that exist at a time
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head_weight):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_grad, head_grad = (torch.zeros_like(x) if needed else None for x, needed in zip((hidden, head_weight), ctx.needs_input_grad[::2]))
+        for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
+            rows = slice(start, start + ChunkedCrossEntropy.CHUNK)
+            log_p, target = (hidden[rows] @ head_weight.T).to(wide).log_softmax(-1), targets[rows, None]  # (chunk, V), (chunk, 1)
+            loss -= log_p.gather(1, target).sum()
+            if hidden_grad is None and head_grad is None:
+                continue
+            logit_grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=wide)).to(hidden.dtype)
+            if hidden_grad is not None:
+                hidden_grad[rows] = logit_grad @ head_weight
+            if head_grad is not None:  # pre-training only: adaptation leaves the head frozen
+                head_grad += logit_grad.T @ hidden[rows]
+        ctx.save_for_backward(hidden_grad, head_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden_grad, head_grad = (None if grad is None else (grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden_grad, None, head_grad
 
 
 @dataclass(frozen=True)
@@ -152,10 +188,15 @@ class Batch:
     image_slots: torch.Tensor | None  # (B,)
     loss_index: torch.Tensor  # (M,) flat index b * T + t of every state that predicts a long-caption token
     targets: torch.Tensor  # (M,) those tokens
+    prompt_width: int  # tokens up to the last summary token
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
+        return Batch(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+
+    def prompts(self):
+        """The same sequences cut after their summary tokens: all that the embeddings depend on."""
+        return dataclasses.replace(self, ids=self.ids[:, : self.prompt_width], loss_index=self.loss_index[:0], targets=self.targets[:0])
 
 
 def collate(sequences, pad_id):
@@ -169,6 +210,7 @@ def collate(sequences, pad_id):
         image_slots=None if sequences[0].image_slot is None else torch.tensor([s.image_slot for s in sequences]),
         loss_index=torch.tensor([b * width + t for b, t in predicting], dtype=torch.long),
         targets=torch.tensor([sequences[b].ids[t + 1] for b, t in predicting], dtype=torch.long),
+        prompt_width=max(s.summary for s in sequences) + 1,
     )
 
 
@@ -183,6 +225,19 @@ class TrainingBatch:
 
     def to(self, device):
         return TrainingBatch(self.pixels.to(device), self.images.to(device), self.texts and self.texts.to(device), self.with_short.to(device))
+
+    def prompts(self):
+        """The same rows without their long captions."""
+        return dataclasses.replace(self, images=self.images.prompts())
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the losses need of a forward: the embeddings of the rows with a short caption, and the states that predict caption tokens."""
+
+    image_emb: torch.Tensor  # (S, D), L2-normalised
+    text_emb: torch.Tensor  # (S, D), L2-normalised, row i belongs to row i of image_emb
+    caption_states: torch.Tensor  # (M, D), row m predicts token m of `targets`
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -208,12 +263,14 @@ class VladVA(nn.Module):
         tokenizer or adapter do not fit together.
         """
         folder = data.model_folder(name)
+        tower = data.tower_folder(folder)
         state, stored = read_adapter(adapter) if adapter else ({}, settings or Settings())
         if adapter and settings and settings != stored:
             raise ValueError(f"{adapter} was trained with other settings than those asked for: {stored}")
-        lvlm = lvlm_module.load_lvlm(folder, device, dtype)
-        tokenizer = data.Tokenizer(folder, lvlm.config)
-        model = cls(lvlm, tokenizer, data.ImageProcessor(folder, lvlm.config, stored.image_mode), stored, str(name))
+        config = lvlm_module.read_config(folder, tower)
+        tokenizer = data.Tokenizer(folder, config)
+        image_processor = data.ImageProcessor(folder, config, stored.image_mode, tower)
+        model = cls(lvlm_module.load_lvlm(folder, device, dtype, tower), tokenizer, image_processor, stored, str(name))
         if adapter:
             model.attach()
             model.load_adapter_state(state, adapter)
@@ -252,14 +309,14 @@ class VladVA(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- Sec. 3.2.3: templates
 
-    def sequence(self, template, prompt, caption="", more=""):
-        """Tokenise a filled template once and find its parts by their characters; `more` continues it after the summary token.
+    def sequence(self, template, prompt, caption="", more="", end=()):
+        """Tokenise a filled template once and find its parts by their characters; `more` continues it after the summary token, ids `end` close it.
 
         Tokenising the parts apart would give other ids: a tokenizer may join characters across their borders.
         """
         head = template.format(prompt=prompt, caption=caption)
         encoding = self.tokenizer.encode(head + more)
-        ids, offsets = encoding.ids, encoding.offsets
+        ids, offsets = [*encoding.ids, *end], encoding.offsets
         first_char = template.index("{prompt}")
         inside = [t for t, (a, b) in enumerate(offsets) if a < first_char + len(prompt) and b > first_char]
         summary = max(t for t, (a, b) in enumerate(offsets) if a < b <= len(head))
@@ -267,24 +324,26 @@ class VladVA(nn.Module):
         extra = self.lvlm.config.num_image_tokens - 1 if picture else 0  # one <image> token becomes N
         shift = lambda t: t + extra if picture and t > picture[0] else t
         if picture:
-            ids = ids[: picture[0]] + [self.tokenizer.image_id] * (extra + 1) + ids[picture[0] + 1 :]
+            ids = ids[: picture[0]] + [self.tokenizer.placeholder_id] * (extra + 1) + ids[picture[0] + 1 :]
         limit = self.lvlm.config.decoder.max_position_embeddings
         if len(ids) > limit:
             raise ValueError(f"{len(ids)} tokens, but the model has {limit} positions: shorten {(caption or more)[:60]!r}...")
         return Sequence(ids, shift(inside[0]), len(inside), shift(summary), picture[0] if picture else None, shift(summary) + 1 if more else None)
 
+    @functools.cached_property
+    def image_prompts(self):
+        """The image template alone, and with the turn that asks for the long caption."""
+        turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)
+        return self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt), self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn)
+
     def image_sequence(self, long=None):
         """Template for the image modality; with a long caption, the second turn that Eq. 2 is computed on follows the summary token."""
-        sequence = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt)
+        alone, asked = self.image_prompts
         if long is None:
-            return sequence
-        turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)
-        asked = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn)
-        told = f"{turn} {self.tokenizer.checked(long)}{self.tokenizer.eos}"
-        whole = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=told)
-        assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(sequence.ids)] == sequence.ids, (
-            "a long caption changed the tokens before it"
-        )
+            return alone
+        told = f"{DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)} {self.tokenizer.checked(long)}"
+        whole = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=told, end=[self.tokenizer.eos_id])
+        assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(alone.ids)] == alone.ids, "a long caption changed the tokens before it"
         return dataclasses.replace(whole, loss_start=len(asked.ids))
 
     def text_sequence(self, caption):
@@ -314,26 +373,32 @@ class VladVA(nn.Module):
             embeds = lvlm_module.place(embeds, features, batch.image_slots)
         return self.lvlm.decoder(embeds)
 
-    def losses(self, batch):
-        """(contrastive, next-token) of a TrainingBatch: Eq. 1 and Eq. 2 from one forward of the image sequences and one of the texts.
+    def outputs(self, batch):
+        """Outputs of a TrainingBatch from one forward of its image sequences and one of its texts.
 
         The long caption follows the summary token, which causal attention keeps from seeing it, so both losses share the forward
-        (Sec. 3.2.3). A term that no row of the batch can feed is 0.
+        (Sec. 3.2.3).
         """
-        zero = torch.zeros((), device=batch.pixels.device)
         hidden = self.hidden(batch.images, "image", batch.pixels)  # (B, T, D)
-        contrastive = next_token = zero
-        if len(batch.with_short) >= 2:
-            image_emb = summary_embedding(hidden, batch.images.summary)[batch.with_short]
-            text_emb = summary_embedding(self.hidden(batch.texts, "text"), batch.texts.summary)
-            contrastive = contrastive_loss(image_emb, text_emb, self.temperature)
-        if len(batch.images.targets) and self.settings.next_token_weight:
-            next_token = next_token_loss(hidden.flatten(0, 1)[batch.images.loss_index], batch.images.targets, self.lvlm.head.weight)
+        image_emb = summary_embedding(hidden, batch.images.summary)[batch.with_short]
+        text_emb = summary_embedding(self.hidden(batch.texts, "text"), batch.texts.summary) if batch.texts else image_emb
+        return Outputs(image_emb, text_emb, hidden.flatten(0, 1)[batch.images.loss_index])
+
+    def losses(self, outputs, targets, total=None):
+        """(contrastive, next-token): Eq. 1 and Eq. 2 of Outputs and the caption tokens; a term that no row can feed is 0.
+
+        total: the caption tokens of the whole batch when the targets are a part of it.
+        """
+        contrastive = next_token = torch.zeros((), device=outputs.image_emb.device)
+        if len(outputs.image_emb) >= 2:
+            contrastive = contrastive_loss(outputs.image_emb, outputs.text_emb, self.temperature)
+        if len(targets) and self.settings.next_token_weight:
+            next_token = next_token_loss(outputs.caption_states, targets, self.lvlm.head.weight, total)
         return contrastive, next_token
 
     def forward(self, batch):
         """The overall loss of a TrainingBatch (paper Sec. 3.2.3), 0-d."""
-        return self.overall_loss(*self.losses(batch))
+        return self.overall_loss(*self.losses(self.outputs(batch), batch.images.targets))
 
     def overall_loss(self, contrastive, next_token):
         """L = L_con + weight * L_CE of the two terms that `losses` gives."""
@@ -364,18 +429,18 @@ class VladVA(nn.Module):
         return out
 
     @torch.no_grad()
-    def generate_batch(self, images, prompts, max_new_tokens=128):
-        """Greedy answers to one prompt per picture, LLaVA-1.5's template; adapters as they are (`adapter_disabled()` for the original)."""
+    def generate_batch(self, images, prompts, max_new_tokens=128, sampling=lvlm_module.GREEDY):
+        """Answers to one prompt per picture, LLaVA-1.5's template; adapters as they are (`adapter_disabled()` for the original)."""
         sequences = [self.sequence(GENERATE_TEMPLATE, self.tokenizer.checked(prompt)) for prompt in prompts]
         batch = collate(sequences, self.tokenizer.pad_id).to(self.lvlm.device)
         pixels = torch.stack([self.image_processor(data.open_image(image)) for image in images]).to(self.lvlm.device)
         embeds = lvlm_module.place(self.lvlm.embed(batch.ids), self.lvlm.image_features(pixels), batch.image_slots)
-        answers = lvlm_module.generate(self.lvlm, embeds, batch.summary + 1, self.tokenizer.eos_id, max_new_tokens)
+        answers = lvlm_module.generate(self.lvlm, embeds, batch.summary + 1, self.tokenizer.eos_id, max_new_tokens, sampling)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
-    def generate(self, image, prompt, max_new_tokens=128):
-        """Greedy answer to one prompt about one picture (PIL or path)."""
-        return self.generate_batch([image], [prompt], max_new_tokens)[0]
+    def generate(self, image, prompt, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
+        """The answer to one prompt about one picture (PIL or path): greedy at temperature 0, otherwise sampled."""
+        return self.generate_batch([image], [prompt], max_new_tokens, lvlm_module.Sampling(temperature, top_p, seed))[0]
 
     # -------------------------------------------------------------------------------------------------- saving
 
@@ -398,52 +463,75 @@ class VladVA(nn.Module):
         save_file(self.adapter_state(), unfinished, metadata=metadata)
         unfinished.replace(folder / "adapter.safetensors")
 
-    def save_merged(self, folder):
+    def save_merged(self, folder, shard_bytes=5_000_000_000):
         """Write an adapted model as a plain LLaVA folder: LoRA folded in, soft prompts as added tokens with their own embeddings.
 
         folder/vladva.json holds the two prompt strings whose last token is the embedding, for transformers or any other reader:
-        {"image": "USER:<image_prompt_0>...<image>...", "text": "...{caption}..."}. Raises ValueError when there is no adapter.
+        {"image": "USER:<image_prompt_0>...<image>...", "text": "...{caption}...", "image_mode": "crop"}. Raises ValueError when there is no
+        adapter, or a model lies there already.
         """
+        folder = Path(folder)
         if not self.adapted:
             raise ValueError("there is no adapter to merge: load one, or train one with train.py")
-        tensors = {name: p for name, p in self.lvlm.named_parameters() if "lora_" not in name}
-        tensors |= {f"decoder.{name}.weight": layer.folded() for name, layer in lora.lora_layers(self.lvlm.decoder)}
-        added, prompts = self.soft_prompt_tokens()
-        tokenizer = self.tokenizer.with_tokens([name for name, _ in added])
-        self.check_merged_prompts(tokenizer, prompts)
-        raw = json.loads(json.dumps(self.lvlm.config.raw))
-        if added:
-            first = tokenizer.token_to_id(added[0][0])
-            rows = torch.stack([vector for _, vector in added]).to(tensors["decoder.embed_tokens.weight"])  # (tokens, D)
-            for name in {"decoder.embed_tokens.weight", "head.weight"} & tensors.keys():
-                tensors[name] = grown(tensors[name], first, rows if name.startswith("decoder") else torch.zeros_like(rows))
-            raw["text_config"]["vocab_size"] = len(tensors["decoder.embed_tokens.weight"])
-        lvlm_module.save_weights(tensors, raw, folder, self.lvlm.dtype)
+        if (folder / "config.json").exists():
+            raise ValueError(f"{folder} holds a model already: choose another folder, or delete it first")
+        added = {name: vector for modality in self.soft_prompts for name, vector in self.prompt_tokens(modality)}
+        tokenizer = self.tokenizer.with_tokens(list(added))
+        prompts = {modality: self.merged_prompt(modality, tokenizer) for modality in ("image", "text")}
+        ids = [tokenizer.token_to_id(name) for name in added]
+        raw = json.loads(json.dumps(self.lvlm.config.raw)) | {"image_token_index": self.tokenizer.image_id, "torch_dtype": str(self.lvlm.dtype)[6:]}
+        raw.pop("dtype", None)
+        raw["text_config"]["vocab_size"] = max(self.lvlm.config.decoder.vocab_size, self.tokenizer.image_id + 1, *(i + 1 for i in ids))
+        lvlm_module.save_weights(
+            self.merged_weights(ids, list(added.values()), raw["text_config"]["vocab_size"]), raw, folder, self.lvlm.dtype, shard_bytes
+        )
         data.copy_companions(data.model_folder(self.name), folder)
-        tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        (Path(folder) / "vladva.json").write_text(json.dumps(prompts, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        lvlm_module.write_json(folder / "vladva.json", prompts | {"image_mode": self.settings.image_mode})
 
-    def soft_prompt_tokens(self):
-        """([(added token, its embedding), ...], {"image": prompt string, "text": prompt string with {caption}}) for save_merged."""
-        added, prompts = [], {}
-        templates = {"image": (IMAGE_TEMPLATE, self.settings.image_prompt), "text": (TEXT_TEMPLATE, self.settings.text_prompt)}
-        for modality, (template, hand_prompt) in templates.items():
-            vectors = self.soft_prompts[modality].detach() if modality in self.soft_prompts else ()
-            names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
-            added += zip(names, vectors)
-            prompts[modality] = template.replace(" {prompt}", "".join(names) or f" {hand_prompt}")
-        return added, prompts
+    def merged_weights(self, ids, vectors, rows):
+        """(name, tensor) of every weight with LoRA folded in; the embedding holds `vectors` at `ids`, it and the head have `rows` rows."""
+        folded = {f"decoder.{name}.weight": layer for name, layer in lora.lora_layers(self.lvlm.decoder)}
+        for name, p in self.lvlm.named_parameters():
+            if name in ("decoder.embed_tokens.weight", "head.weight"):
+                p = torch.cat([p, p.new_zeros(rows - len(p), p.shape[1])])
+                if ids:
+                    p[ids] = torch.stack(vectors).to(p) if name.startswith("decoder") else torch.zeros_like(p[ids])
+            if "lora_" not in name:
+                yield name, folded[name].folded() if name in folded else p
 
-    def check_merged_prompts(self, tokenizer, prompts):
-        """ValueError unless the prompt strings of a merged model tokenise to the hand prompts' ids with the added tokens in their place."""
-        hand = {"image": (IMAGE_TEMPLATE.format(prompt=self.settings.image_prompt), self.image_sequence()),
-                "text": (TEXT_TEMPLATE.format(prompt=self.settings.text_prompt, caption="a"), self.text_sequence("a"))}  # fmt: skip
-        for modality, (text, sequence) in hand.items():
-            wanted, end = self.tokenizer.encode(text).ids, sequence.prompt_slot + sequence.prompt_length
-            if modality in self.soft_prompts:
-                wanted[sequence.prompt_slot : end] = [tokenizer.token_to_id(f"<{modality}_prompt_{i}>") for i in range(sequence.prompt_length)]
-            if tokenizer.encode(prompts[modality].replace("{caption}", "a")).ids != wanted:
-                raise ValueError(f"this tokenizer reads {prompts[modality]!r} as other tokens than the trained prompt: it would embed differently")
+    def prompt_tokens(self, modality):
+        """[(added token, its embedding), ...] that stand for a soft prompt in a merged folder.
+
+        What stands between prompt and <image> comes with them: Llama's tokenizer would read a blank between two added tokens as two.
+        """
+        vectors = self.soft_prompts[modality].detach()
+        if modality == "image":
+            sequence = self.image_sequence()
+            gap = sequence.ids[sequence.prompt_slot + sequence.prompt_length : sequence.image_slot]
+            vectors = torch.cat([vectors, self.lvlm.embed(torch.tensor(gap, dtype=torch.long, device=vectors.device)).to(vectors)])
+        return [(f"<{modality}_prompt_{i}>", vector) for i, vector in enumerate(vectors)]
+
+    def merged_prompt(self, modality, tokenizer):
+        """The prompt string of a modality for a merged folder's tokenizer; ValueError unless it gives the trained prompt's ids."""
+        template, hand_prompt = {"image": (IMAGE_TEMPLATE, self.settings.image_prompt), "text": (TEXT_TEMPLATE, self.settings.text_prompt)}[modality]
+        if modality not in self.soft_prompts:
+            return template.replace("{prompt}", hand_prompt)
+        names = [name for name, _ in self.prompt_tokens(modality)]
+        captions = ("a", "The red bus.", "2 dogs") if modality == "text" else ("",)
+
+        def wanted(caption):
+            sequence = self.sequence(template, hand_prompt, caption)
+            before, after = sequence.ids[: sequence.prompt_slot], sequence.ids[sequence.prompt_slot + sequence.prompt_length :]
+            if modality == "image":
+                after = [self.tokenizer.image_id, *sequence.ids[sequence.image_slot + self.lvlm.config.num_image_tokens :]]
+            return before + [tokenizer.token_to_id(name) for name in names] + after
+
+        for blank in ("", " "):  # some tokenizers put a blank before a text of their own accord
+            prompt = template.replace(" {prompt} ", "".join(names) + blank)
+            if all(tokenizer.encode(prompt.replace("{caption}", caption)).ids == wanted(caption) for caption in captions):
+                return prompt
+        raise ValueError(f"this tokenizer reads {prompt!r} as other tokens than the trained prompt: it would embed differently")
 
     def load_adapter_state(self, state, source):
         """Copy an adapter's tensors into this model's; strict on names and shapes."""
@@ -457,13 +545,6 @@ class VladVA(nn.Module):
             for name, tensor in state.items():
                 ours = name.replace("lora.", "lvlm.decoder.", 1) if name.startswith("lora.") else name.replace("soft_prompt.", "soft_prompts.", 1)
                 places[ours].copy_(tensor)
-
-
-def grown(table, first, rows):
-    """A copy of table (V, D) that holds rows from index `first` on, longer if they reach beyond its end."""
-    out = torch.cat([table, table.new_zeros(max(0, first + len(rows) - len(table)), table.shape[1])])
-    out[first : first + len(rows)] = rows
-    return out
 
 
 def read_adapter(folder):
@@ -506,24 +587,48 @@ def pick_device(name):
     return chosen
 
 
-def pick_dtype(name):
-    """A torch dtype by name."""
-    if name not in DTYPES:
+def free_bytes(device):
+    """Memory that is free on a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")  # Linux: what can be had without swapping
+    if meminfo.exists():
+        return 1024 * int(next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def pick_dtype(name, device, model):
+    """The torch dtype asked for; otherwise bfloat16 on CUDA, and on the CPU float32 unless that would take over half of the free memory.
+
+    ValueError when the weights of the model do not fit.
+    """
+    if name is not None and name not in DTYPES:
         raise ValueError(f"--dtype is {name!r}: one of {', '.join(DTYPES)}")
+    folder = data.model_folder(model)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in lvlm_module.LVLM(lvlm_module.read_config(folder, data.tower_folder(folder))).parameters())
+    free = free_bytes(device)
+    if name is None:
+        name = "float32" if torch.device(device).type == "cpu" and 4 * count < free / 2 else "bfloat16"
+    needed = count * DTYPES[name].itemsize
+    if needed > free:
+        hint = "try --dtype bfloat16" if name == "float32" else "a smaller model or a larger machine is needed"
+        raise ValueError(f"{model} takes {needed / 1e9:.1f} GB in {name}, but {device} has {free / 1e9:.1f} GB free: {hint}")
     return DTYPES[name]
 
 
 def add_model_flags(parser):
     """--model --adapter --device --dtype, the same for every script that takes a model."""
-    parser.add_argument("--model", default="tiny", help="tiny, or a folder in the layout of llava-hf/llava-1.5-7b-hf (default: tiny)")
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(data.NAMES)}, a folder in their layout, or a hub id (default: tiny)")
     parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: bfloat16 on cuda, on the cpu float32 if it fits well)")
 
 
 def load_model(args):
     """The model that the flags of add_model_flags ask for."""
-    return VladVA.from_pretrained(args.model, args.adapter, pick_device(args.device), pick_dtype(args.dtype))
+    device = pick_device(args.device)
+    return VladVA.from_pretrained(args.model, args.adapter, device, pick_dtype(args.dtype, device, args.model))
 
 
 def format_table(header, rows):

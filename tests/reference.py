@@ -1,36 +1,43 @@
 """Compares this project with transformers on a model folder. By hand, where transformers is installed; pytest does not collect it.
 
-    python tests/reference.py assets/tiny
-
-Prints the largest differences of hidden states and logits, and whether 16 greedy tokens and the preprocessed pixels agree.
+python tests/reference.py assets/tiny                    # hidden states, logits, greedy text, ids, pixels
+python tests/reference.py assets/tiny --adapter runs/tiny    # the merged export of an adapter, read by transformers
 """
 
+import argparse
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import data
 from vladva import GENERATE_TEMPLATE, VladVA, collate
 
 
+def pictures(side):
+    return [data.render(data.make_scene(0, i), side) for i in range(4)]
+
+
 @torch.no_grad()
-def main(folder):
+def compare_model(folder):
     ours = VladVA.from_pretrained(folder)
-    theirs, loading = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, loading = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    print(f"transformers {transformers.__version__}; keys missing {len(loading['missing_keys'])}, unexpected {len(loading['unexpected_keys'])}")
-    pictures = [data.render(data.make_scene(0, i), ours.lvlm.config.vision.image_size) for i in range(4)]
-    pixels = torch.stack([ours.image_processor(picture) for picture in pictures])
+    print(f"keys missing {len(loading['missing_keys'])}, unexpected {len(loading['unexpected_keys'])}")
+    images = pictures(ours.lvlm.config.vision.image_size)
+    pixels = torch.stack([ours.image_processor(image) for image in images])
     sequence = ours.sequence(GENERATE_TEMPLATE, ours.settings.detail_prompt)
     their_ids = tokenizer(GENERATE_TEMPLATE.format(prompt=ours.settings.detail_prompt)).input_ids
     image = their_ids.index(ours.tokenizer.image_id)
     expanded = their_ids[:image] + [ours.tokenizer.image_id] * ours.lvlm.config.num_image_tokens + their_ids[image + 1 :]
     print(f"token ids equal: {expanded == sequence.ids}")
-    batch = collate([sequence] * len(pictures), ours.tokenizer.pad_id)
+    batch = collate([sequence] * len(images), ours.tokenizer.pad_id)
     hidden = ours.hidden(batch, "image", pixels)
     inputs = {"input_ids": batch.ids, "pixel_values": pixels, "attention_mask": torch.ones_like(batch.ids)}
     out = theirs(**inputs, output_hidden_states=True)
@@ -38,11 +45,45 @@ def main(folder):
         print(f"{name}: largest difference {(a - b).abs().max():.2e}, largest value {b.abs().max():.2e}")
     new = theirs.generate(**inputs, max_new_tokens=16, do_sample=False)[:, batch.ids.shape[1] :]
     texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
-    print(f"greedy text equal: {texts == ours.generate_batch(pictures, [ours.settings.detail_prompt] * len(pictures), 16)}; e.g. {texts[0]!r}")
+    print(f"greedy text equal: {texts == ours.generate_batch(images, [ours.settings.detail_prompt] * len(images), 16)}; e.g. {texts[0]!r}")
     processor = transformers.CLIPImageProcessor.from_pretrained(folder)
-    wide = pictures[0].resize((150, 110))
+    wide = images[0].resize((150, 110))
     print(f"pixels: largest difference {(torch.tensor(processor(wide)['pixel_values'][0]) - ours.image_processor(wide)).abs().max():.2e}")
 
 
+@torch.no_grad()
+def compare_merged(name, adapter):
+    """The README's lines on a merged folder, against encode_image and encode_text with the adapter."""
+    ours = VladVA.from_pretrained(name, adapter=adapter)
+    images = [image.resize((130, 100)) for image in pictures(ours.lvlm.config.vision.image_size)]
+    texts = ["a red circle", "a large blue square above a green ring", "2 dogs, and a cat."]
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_merged(folder, shard_bytes=1_000_000)
+        model, loading = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        processor, prompts = AutoProcessor.from_pretrained(folder), json.loads(Path(folder, "vladva.json").read_text())
+    print(f"merged: keys missing {len(loading['missing_keys'])}, unexpected {len(loading['unexpected_keys'])}; prompts {prompts}")
+
+    def embed(**inputs):
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        return torch.nn.functional.normalize(hidden[:, -1].float(), dim=-1)
+
+    image_emb = torch.cat([embed(**processor(images=image, text=prompts["image"], return_tensors="pt")) for image in images])
+    text_emb = torch.cat([embed(**processor.tokenizer(prompts["text"].replace("{caption}", text), return_tensors="pt")) for text in texts])
+    for what, a, b in (("image", image_emb, ours.encode_image(images)), ("text", text_emb, ours.encode_text(texts))):
+        print(f"{what} embeddings: largest difference {(a - b).abs().max():.2e}, largest value {b.abs().max():.2e}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", help="a model name or folder")
+    parser.add_argument("--adapter", help="folder of a training run")
+    args = parser.parse_args()
+    print(f"transformers {transformers.__version__}")
+    if args.adapter:
+        compare_merged(args.model, args.adapter)
+    else:
+        compare_model(args.model)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

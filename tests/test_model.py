@@ -199,9 +199,10 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_together(tmp_path):
     with pytest.raises(ValueError) as error:
         load_lvlm(tmp_path)
     for part in (
-        "1 missing: decoder.norm.weight",
-        "1 unexpected: decoder.norm.bias",
-        "1 of another shape: projector.linear_1.bias (3,), wanted (64,)",
+        f"the weights of {tmp_path} do not fit its config.json",
+        "1 missing: language_model.model.norm.weight",
+        "1 unexpected: language_model.model.norm.bias",
+        "1 of another shape: multi_modal_projector.linear_1.bias (3,), wanted (64,)",
     ):
         assert part in str(error.value)
 

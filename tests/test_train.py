@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from conftest import shaken
 from PIL import Image
 
 import data
@@ -31,10 +32,40 @@ def test_one_batch_overfits_and_frozen_weights_stay_bit_identical(random_folder,
     trained = {name: p.clone() for name, p in model.trained()}
     optimizer = training.make_optimizer(model, TrainConfig(lr=1e-2, soft_prompt_lr=1e-2))
     batch = model.training_batch(scene_rows)
-    losses = [training.optimisation_step(model, batch, optimizer, clip=1.0) for _ in range(60)]
+    losses = [training.optimisation_step(model, [batch], optimizer, clip=1.0) for _ in range(60)]
     assert losses[-1]["contrastive"] < 0.3 * losses[0]["contrastive"] and losses[-1]["next_token"] < losses[0]["next_token"] - 0.2
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
     assert all(not torch.equal(p, trained[name]) for name, p in model.trained())
+
+
+def gradients(model, rows, micro_batch):
+    """{name: gradient} and the two losses of a batch in parts of some size."""
+    model.zero_grad()
+    losses = training.backward(model, [model.training_batch(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)])
+    return {name: p.grad.clone() for name, p in model.trained()}, losses
+
+
+def test_gradients_in_micro_batches_equal_those_in_one_piece(random_folder, scene_rows):
+    """Gradient caching is exact: float64, captions of mixed length, a row without a long caption and one without a short one."""
+    model = shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4, learn_temperature=True, next_token_weight=0.7))).double()
+    rows = [dict(row, image=row["image"].resize((96, 96))) for row in scene_rows]
+    model.zero_grad()
+    model(model.training_batch(rows)).backward()  # the definition of the loss, no caching
+    wanted = {name: p.grad.clone() for name, p in model.trained()}
+    assert {"log_temperature", "soft_prompts.image", "soft_prompts.text"} < wanted.keys() and all(g.abs().max() > 1e-6 for g in wanted.values())
+    for micro_batch in (1, 2, 3, 8):
+        found, losses = gradients(model, rows, micro_batch)
+        assert model.overall_loss(*losses).item() == pytest.approx(model(model.training_batch(rows)).item(), abs=1e-9)
+        for name, gradient in wanted.items():
+            assert (found[name] - gradient).abs().max() < 1e-9, (micro_batch, name)
+
+
+def test_checkpointing_and_micro_batches_together_change_no_gradient(random_folder, scene_rows):
+    model = shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4))).double()
+    plain, _ = gradients(model, scene_rows, 3)
+    model.lvlm.decoder.checkpointing = True
+    recomputed, _ = gradients(model, scene_rows, 3)
+    assert all((plain[name] - recomputed[name]).abs().max() < 1e-9 for name in plain)
 
 
 @pytest.mark.parametrize("settings", [Settings(soft_prompts=False), Settings(lora=False), Settings(next_token_weight=0.0)])
@@ -42,7 +73,7 @@ def test_each_component_can_be_left_out(random_folder, scene_rows, settings):
     model = VladVA.from_pretrained(random_folder, settings=settings)
     model.attach()
     optimizer = training.make_optimizer(model, TrainConfig(lr=1e-2, soft_prompt_lr=1e-2))
-    measured = training.optimisation_step(model, model.training_batch(scene_rows), optimizer, clip=1.0)
+    measured = training.optimisation_step(model, [model.training_batch(scene_rows)], optimizer, clip=1.0)
     assert any(name.startswith("soft") for name, _ in model.trained()) == settings.soft_prompts
     assert any("lora" in name for name, _ in model.trained()) == settings.lora
     assert (measured["next_token"] == 0) == (settings.next_token_weight == 0)
@@ -56,7 +87,7 @@ def test_a_non_finite_loss_stops_the_run_before_the_update(random_folder, scene_
     optimizer = training.make_optimizer(model, TrainConfig(lr=1e-2, soft_prompt_lr=1e-2))
     before = [p.clone() for name, p in model.trained() if "lora" in name]
     with pytest.raises(ValueError, match="not finite"):
-        training.optimisation_step(model, model.training_batch(scene_rows), optimizer, clip=1.0)
+        training.optimisation_step(model, [model.training_batch(scene_rows)], optimizer, clip=1.0)
     assert all(torch.equal(a, p) for a, (name, p) in zip(before, (t for t in model.trained() if "lora" in t[0])))
 
 
@@ -194,14 +225,14 @@ def test_every_flag_has_its_default_in_the_dataclass():
     """argparse reads defaults from there, so the two cannot differ; and None, not -1 or "", means unset."""
     for cls in (TrainConfig, Settings):
         assert all(f.default not in (-1, "") for f in dataclasses.fields(cls))
-    assert math.isclose(training.resolve(TrainConfig(), FakeModel(), range(100)).lr, 2e-4)
+    assert math.isclose(training.resolve(TrainConfig(micro_batch=8), FakeModel(), range(100)).lr, 2e-4)
 
 
 class FakeModel:
     """Of LLaVA-1.5-7B's width."""
 
     class lvlm:
-        device = torch.device("cpu")
+        device, dtype = torch.device("cpu"), torch.float32
 
         class config:
             class decoder:
@@ -221,7 +252,7 @@ def test_a_row_that_breaks_during_training_is_left_out_and_named(random_folder, 
             return self[index]
 
     rows = Rows({"image": Image.new("RGB", (96, 96)), "short": f"number {i}", "long": None} for i in range(4))
-    (batch,) = training.batches(model, rows, TrainConfig(steps=1, batch=4, on_bad_data="skip"))
+    ((batch,),) = training.batches(model, rows, TrainConfig(steps=1, batch=4, on_bad_data="skip"))
     assert len(batch.pixels) == 3 and "pairs.jsonl:2: broken" in capsys.readouterr().out
     with pytest.raises(data.BadRow):
         list(training.batches(model, rows, TrainConfig(steps=1, batch=4)))

@@ -63,6 +63,18 @@ def test_next_token_loss_equals_a_naive_loop():
     assert vladva.next_token_loss(hidden, torch.tensor(targets), head).item() == pytest.approx(naive, rel=1e-5)
 
 
+def test_next_token_loss_in_chunks_has_the_value_and_gradients_of_plain_cross_entropy(monkeypatch):
+    """Chunks of 3 rows of 8, as a part of a batch of 20 tokens; for the states, and for the head as in pre-training."""
+    monkeypatch.setattr(vladva.ChunkedCrossEntropy, "CHUNK", 3)
+    hidden, head = torch.randn(8, 6, dtype=torch.float64, requires_grad=True), torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 10, (8,))
+    plain = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="sum") / 20
+    chunked = vladva.next_token_loss(hidden, targets, head, total=20)
+    assert chunked.item() == pytest.approx(plain.item(), abs=1e-12)
+    for a, b in zip(torch.autograd.grad(2 * chunked, (hidden, head)), torch.autograd.grad(2 * plain, (hidden, head))):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 def test_next_token_loss_refuses_no_token():
     with pytest.raises(ValueError, match="no long caption"):
         vladva.next_token_loss(torch.randn(0, 6), torch.tensor([], dtype=torch.long), torch.zeros(10, 6))
@@ -87,8 +99,8 @@ def test_the_overall_loss_is_eq_1_plus_weighted_eq_2_from_separate_forwards(rand
         shorts = [row for row in scene_rows if row["short"]]
         image_emb = random_model.encode_image([row["image"] for row in shorts])
         text_emb = random_model.encode_text([row["short"] for row in shorts])
-        longs = [dict(row, short=None) for row in scene_rows if row["long"]]
-        _, next_token = random_model.losses(random_model.training_batch(longs))
+        longs = random_model.training_batch([dict(row, short=None) for row in scene_rows if row["long"]])
+        _, next_token = random_model.losses(random_model.outputs(longs), longs.images.targets)
     apart = vladva.contrastive_loss(image_emb, text_emb, random_model.temperature) + random_model.settings.next_token_weight * next_token
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)  # cosines are divided by a temperature of .05
 

@@ -1,0 +1,95 @@
+"""LLaVA-1.5 at full size with random weights: made, loaded and trained one step, measured. By hand: 7B takes 14 GB of disk and about 17 GB of memory.
+
+    python tests/full_size.py --model 7b [--folder /tmp/full_size] [--keep]
+
+Writes a bfloat16 folder in the hub's sharded form, loads it in a process of its own, then runs `python train.py --model FOLDER --steps 1`
+with 2 scenes in micro-batches of 1. Prints minutes and peak memory of each, and removes the folder.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from conftest import HUB_CONFIGS, write_llama_tokenizer
+
+import data
+from model import LVLM, parse_config, save_weights, write_json
+
+LOAD = """
+import resource, sys, torch
+from model import load_lvlm
+lvlm = load_lvlm(sys.argv[1], dtype=torch.bfloat16)
+weights, peak = sum(p.nbytes for p in lvlm.parameters()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(f"weights {weights / 1e9:.3f} GB, peak of the whole process {peak / 1e9:.3f} GB, {peak / weights:.4f} times the weights")
+"""
+
+
+def random_weights(lvlm):
+    """(name, random tensor) of every parameter, one at a time."""
+    for name, p in lvlm.named_parameters():
+        yield name, torch.ones(p.shape) if "norm" in name and name.endswith("weight") else torch.randn(p.shape, dtype=torch.bfloat16) * 0.02
+
+
+def make(folder, raw):
+    with torch.device("meta"):
+        lvlm = LVLM(parse_config(raw))
+    save_weights(random_weights(lvlm), raw, folder, torch.bfloat16)
+    write_llama_tokenizer(folder)
+    processor = json.loads((data.TINY / "preprocessor_config.json").read_text())
+    side = raw["vision_config"]["image_size"]
+    write_json(Path(folder) / "preprocessor_config.json", processor | {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}})
+
+
+def timed(name, command):
+    start = time.time()
+    subprocess.run(command, cwd=ROOT, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest child so far
+    print(f"{name}: {(time.time() - start) / 60:.1f} minutes, peak memory {peak / 1e9:.2f} GB", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=sorted(HUB_CONFIGS), default="7b")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/full_size"))
+    parser.add_argument("--keep", action="store_true", help="leave the folder there")
+    args = parser.parse_args()
+    try:
+        if not (args.folder / "config.json").exists():
+            start = time.time()
+            make(args.folder, HUB_CONFIGS[args.model])
+            print(f"made in {(time.time() - start) / 60:.1f} minutes: {sorted(p.name for p in args.folder.glob('*.safetensors'))}", flush=True)
+        timed("load", [sys.executable, "-c", LOAD, str(args.folder)])
+        shutil.rmtree(args.folder / "run", ignore_errors=True)
+        flags = [
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--micro-batch",
+            "1",
+            "--dtype",
+            "bfloat16",
+            "--checkpointing",
+            "--eval-gallery",
+            "2",
+            "--eval-items",
+            "1",
+        ]
+        timed("train", [sys.executable, "train.py", "--model", str(args.folder), "--out", str(args.folder / "run"), *flags])
+        print((args.folder / "run" / "metrics.jsonl").read_text())
+    finally:
+        if not args.keep:
+            shutil.rmtree(args.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
