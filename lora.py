@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import FrozenLinear, Linear
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # paper Sec. 3.3: the linear layers inside Phi_l
 
 
@@ -41,7 +43,7 @@ class LoRALinear(nn.Module):
         return (self.weight.float() + update).to(self.weight.dtype)
 
     def forward(self, x):
-        frozen = F.linear(x, self.weight)
+        frozen = FrozenLinear.apply(x, self.weight)
         if not self.enabled:
             return frozen
         low_rank = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
@@ -91,7 +93,8 @@ def merge(module):
     """Fold every update into its weight, in float32, and put plain linears back. There is no way back but to reload."""
 
     def merged(layer):
-        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
+        with torch.device("meta"):
+            linear = Linear(layer.weight.shape[1], layer.weight.shape[0])
         linear.weight = nn.Parameter(layer.folded(), requires_grad=False)
         return linear
 

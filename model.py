@@ -243,6 +243,30 @@ class Projector(nn.Module):
 # ------------------------------------------------------------------------------------------------------ decoder
 
 
+class FrozenLinear(torch.autograd.Function):
+    """x W^T for a frozen W (out, in), which may be stored in another dtype than x: it is converted where it is used, and no copy is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None
+
+
+class Linear(nn.Linear):
+    """x W^T without bias, in the dtype of x."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the statistics in float32 whatever the dtype of x."""
 
@@ -252,7 +276,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.float() if x.dtype != torch.float64 else x
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight.to(x.dtype) * normed
 
 
 def rotary_tables(positions, width, theta, dtype):
@@ -294,10 +319,10 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.head_width
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.width)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.width)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width)
+        self.o_proj = Linear(self.heads * self.width, config.hidden_size)
 
     def forward(self, x, rotary, cache=None, layer=None, positions=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -318,9 +343,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -381,11 +406,11 @@ class LVLM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.wider = config, None  # dtype of the decoder's arithmetic; None: that of the weights
         self.vision = VisionTower(config.vision, config.num_vision_blocks)
         self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size)
         self.decoder = Decoder(config.decoder)
-        self.head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
+        self.head = Linear(config.decoder.hidden_size, config.decoder.vocab_size)
         if config.decoder.tie_word_embeddings:
             self.head.weight = self.decoder.embed_tokens.weight
 
@@ -397,9 +422,13 @@ class LVLM(nn.Module):
     def dtype(self):
         return self.decoder.embed_tokens.weight.dtype
 
+    @property
+    def compute_dtype(self):
+        return self.wider or self.dtype
+
     def embed(self, ids):
-        """Token ids (B, T) -> decoder inputs (B, T, D)."""
-        return self.decoder.embed_tokens(ids)
+        """Token ids (B, T) -> decoder inputs (B, T, D), in the dtype that the decoder computes in."""
+        return self.decoder.embed_tokens(ids).to(self.compute_dtype)
 
     def image_features(self, pixels):
         """Pixels (B, 3, height, width), normalised -> image tokens g(Phi_v(x_v)), (B, N, D)."""
@@ -593,11 +622,24 @@ def load_weights(lvlm, folder, device, dtype, tower=None):
         lvlm.head.weight = lvlm.decoder.embed_tokens.weight
 
 
+def wider_dtype(device, dtype):
+    """float32 for half-precision weights on a CPU without half-precision arithmetic, otherwise None.
+
+    There, a product in bfloat16 is many times slower than converting the weight and multiplying in float32.
+    """
+    if torch.device(device).type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    able = torch.cpu.get_capabilities()
+    native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # bf16: as ARM calls it
+    return None if native and dtype == torch.bfloat16 else torch.float32
+
+
 def load_lvlm(folder, device="cpu", dtype=torch.float32, tower=None):
     """The LVLM in a model folder, frozen, on one device in one dtype. tower: the CLIP folder that the original LLaVA's layout needs."""
     with torch.device("meta"):
         lvlm = LVLM(read_config(folder, tower))
     load_weights(lvlm, folder, device, dtype, tower)
+    lvlm.wider = wider_dtype(device, dtype)
     return lvlm.requires_grad_(False).eval()
 
 

@@ -34,7 +34,7 @@ class TrainConfig:
     """Everything a run depends on, beside the method's Settings. None: decided when the run starts, and written to OUT/config.json."""
 
     model: str = "tiny"  # or llava-1.5-7b, llava-1.5-13b, a folder, a hub id
-    data: str | None = None  # a file of JSON lines; None: rendered scenes
+    data: str = "scenes"  # rendered; or a file of JSON lines
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
     batch: int | None = None  # pairs a step; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
@@ -233,9 +233,9 @@ class Measured:
 
 def open_data(config, model):
     """(rows to train on, what is held out) for rendered scenes or a pairs file."""
-    if config.data is None:
+    if config.data == "scenes":
         size = model.lvlm.config.vision.image_size
-        print(f"no --data: rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
+        print(f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
         return data.Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
     pairs = data.Pairs(config.data, model.tokenizer, config.on_bad_data)
     if pairs.bad:
@@ -278,7 +278,7 @@ def resolve(config, model, rows):
 def fitting_micro_batch(model, checkpointing):
     """The most pairs whose activations fit into 0.6 of the memory that is free now, with captions of 500 tokens (the paper's longest)."""
     tokens = len(model.image_sequence().ids) + len(model.text_sequence("a").ids) + 500
-    row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.dtype.itemsize)
+    row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize)
     return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
 
 

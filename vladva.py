@@ -144,17 +144,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head_weight):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        loss, head = torch.zeros((), dtype=wide, device=hidden.device), head_weight.to(hidden.dtype)
         hidden_grad, head_grad = (torch.zeros_like(x) if needed else None for x, needed in zip((hidden, head_weight), ctx.needs_input_grad[::2]))
         for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
             rows = slice(start, start + ChunkedCrossEntropy.CHUNK)
-            log_p, target = (hidden[rows] @ head_weight.T).to(wide).log_softmax(-1), targets[rows, None]  # (chunk, V), (chunk, 1)
+            log_p, target = F.linear(hidden[rows], head).to(wide).log_softmax(-1), targets[rows, None]  # (chunk, V), (chunk, 1)
             loss -= log_p.gather(1, target).sum()
             if hidden_grad is None and head_grad is None:
                 continue
             logit_grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=wide)).to(hidden.dtype)
             if hidden_grad is not None:
-                hidden_grad[rows] = logit_grad @ head_weight
+                hidden_grad[rows] = logit_grad @ head
             if head_grad is not None:  # pre-training only: adaptation leaves the head frozen
                 head_grad += logit_grad.T @ hidden[rows]
         ctx.save_for_backward(hidden_grad, head_grad)

@@ -69,21 +69,7 @@ def main():
             print(f"made in {(time.time() - start) / 60:.1f} minutes: {sorted(p.name for p in args.folder.glob('*.safetensors'))}", flush=True)
         timed("load", [sys.executable, "-c", LOAD, str(args.folder)])
         shutil.rmtree(args.folder / "run", ignore_errors=True)
-        flags = [
-            "--steps",
-            "1",
-            "--batch",
-            "2",
-            "--micro-batch",
-            "1",
-            "--dtype",
-            "bfloat16",
-            "--checkpointing",
-            "--eval-gallery",
-            "2",
-            "--eval-items",
-            "1",
-        ]
+        flags = "--steps 1 --batch 2 --micro-batch 1 --dtype bfloat16 --checkpointing --eval-gallery 0".split()
         timed("train", [sys.executable, "train.py", "--model", str(args.folder), "--out", str(args.folder / "run"), *flags])
         print((args.folder / "run" / "metrics.jsonl").read_text())
     finally:

@@ -71,7 +71,8 @@ RENAMINGS = {
                        ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector.")),
     "transformers 5, saved": (("vision_tower.vision_model.", "vision_tower."),),
     "original": (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model."),
-                 ("multi_modal_projector.linear_1.", "model.mm_projector.0."), ("multi_modal_projector.linear_2.", "model.mm_projector.2."), ("vision_tower.", "model.vision_tower.vision_tower.")),
+                 ("multi_modal_projector.linear_1.", "model.mm_projector.0."), ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+                 ("vision_tower.", "model.vision_tower.vision_tower.")),
 }  # fmt: skip
 RENAMINGS["original, CLIP beside"] = (*RENAMINGS["original"], ("model.vision_tower.vision_tower.", ""))
 
@@ -364,7 +365,7 @@ def test_a_name_runs_on_the_hubs_cache(random_folder, tmp_path):
     flags = ["--steps", "1", "--batch", "2", "--eval-gallery", "2", "--eval-items", "1", "--rank", "2", "--out", str(tmp_path / "run")]
     done = command(tmp_path / "home", "train.py", "--model", "llava-1.5-7b", *flags, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "adapter.safetensors").exists() and "no --data: rendered scenes of 96 x 96 pixels" in done.stdout
+    assert (tmp_path / "run" / "adapter.safetensors").exists() and "rendered scenes of 96 x 96 pixels, a demonstration" in done.stdout
 
 
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lora
+from model import FrozenLinear
 
 
 def small():
@@ -48,7 +50,7 @@ def test_merged_equals_unmerged():
     module, x = small(), torch.randn(5, 12)
     lora.attach(module, rank=3, alpha=6)
     unmerged = shaken(module)["q_proj"](x)
-    assert lora.merge(module) == 1 and type(module["q_proj"]) is nn.Linear
+    assert lora.merge(module) == 1 and isinstance(module["q_proj"], nn.Linear)
     torch.testing.assert_close(module["q_proj"](x), unmerged, atol=1e-5, rtol=1e-5)  # float32 rounding in another order
 
 
@@ -71,3 +73,17 @@ def test_refusals(call, message):
 def test_a_layer_with_bias_is_refused():
     with pytest.raises(ValueError, match="without bias"):
         lora.LoRALinear(nn.Linear(3, 3), 2, 2)
+
+
+def test_a_weight_stored_in_bfloat16_is_used_in_the_dtype_of_the_input():
+    """As on a CPU without bfloat16 arithmetic: the same value and gradient as with the weight converted beforehand, and no converted copy is kept."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, requires_grad=True)
+    weight = torch.randn(5, 8).to(torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = FrozenLinear.apply(x, weight)
+    assert [t.dtype for t in saved] == [torch.bfloat16]
+    assert torch.equal(out, F.linear(x, weight.float()))
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(gradient, 2 * out @ weight.float())
