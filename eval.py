@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from vladva import add_model_flags, command, format_table, load_model, similarity
+from vladva import add_model_flags, command, encode_over_ranks, format_table, load_model, ranks, say, similarity
 
 DEV_SEED, TEST_SEED = 1000, 2000  # settings are chosen on the scenes of DEV_SEED, results are reported on those of TEST_SEED
 CHANCE = {"negatives": 50.0, "text": 25.0, "image": 25.0, "group": 100 / 6}  # percent
@@ -113,11 +113,15 @@ def scene_benchmark(seed, gallery=1000, items=500):
 
 
 def embed(model, benchmark, chunk=128):
-    """(image_emb, text_emb) of all its scenes and texts, on the host."""
-    size, parts = model.lvlm.config.vision.image_size, []
-    for start in tqdm(range(0, len(benchmark.scenes), chunk), desc="encoding scenes", leave=False, disable=None):
-        parts.append(model.encode_image([data.render(scene, size) for scene in benchmark.scenes[start : start + chunk]]).cpu())
-    return torch.cat(parts), model.encode_text(benchmark.texts).cpu()
+    """(image_emb, text_emb) of all its scenes and texts, on the host; under torchrun every process encodes its share."""
+    size = model.lvlm.config.vision.image_size
+
+    def encode_scenes(scenes):
+        starts = tqdm(range(0, len(scenes), chunk), desc="encoding scenes", leave=False, disable=None)
+        parts = [model.encode_image([data.render(scene, size) for scene in scenes[start : start + chunk]]) for start in starts]
+        return torch.cat([model.encode_image([]), *parts])
+
+    return encode_over_ranks(encode_scenes, benchmark.scenes).cpu(), encode_over_ranks(model.encode_text, benchmark.texts).cpu()
 
 
 def score(benchmark, image_emb, text_emb):
@@ -208,7 +212,7 @@ def score_table(columns):
 def run_scenes(model, args):
     benchmark = scene_benchmark(args.seed, args.gallery, args.items)
     results = score(benchmark, *embed(model, benchmark))
-    print(score_table({"this model": results}))
+    say(score_table({"this model": results}))
     return results
 
 
@@ -220,7 +224,7 @@ def run_captions(model, args):
         "invented": "invented objects per 100 real ones",
         "where": '"where is the ...?" answered right',
     }
-    print(format_table(["percent", "this model"], [[label, f"{results[name]:.1f}"] for name, label in labels.items()]))
+    say(format_table(["percent", "this model"], [[label, f"{results[name]:.1f}"] for name, label in labels.items()]))
     return results
 
 
@@ -241,7 +245,7 @@ def main(argv=None):
         raise ValueError(f"--gallery {args.gallery} --items {args.items}: at least 2 and 1 are needed")
     model = load_model(args)
     results = dict(TASKS[args.task](model, args), model=args.model, adapter=args.adapter, image_mode=model.settings.image_mode)
-    if args.json:
+    if args.json and ranks()[0] == 0:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

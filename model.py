@@ -14,6 +14,7 @@ Letters in the shape comments:
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -680,3 +681,16 @@ def save_weights(named, raw_config, folder, dtype, shard_bytes=5_000_000_000):
 def write_json(path, value):
     """The value as indented JSON, one line feed at the end."""
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path, tensors, metadata=None):
+    """A safetensors file that is there whole or not at all: written aside, flushed to the disk, renamed. OSError when the disk is full."""
+    partial = Path(f"{path}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from None

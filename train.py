@@ -3,30 +3,56 @@
     python train.py                                                    # the tiny LVLM on rendered scenes, a few minutes on 2 CPU cores
     python train.py --data pairs.jsonl --out runs/mine                 # your own pictures (data.py says how a line looks)
     python train.py --model llava-1.5-7b --data pairs.jsonl            # the real one: from the hub, its cache, or a folder
+    torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...      # the same gradient from 8 devices
+    python train.py --out runs/mine --resume                           # go on after a stop
+    python train.py --plot runs/mine                                   # draw its curves
 
-Writes OUT/adapter.safetensors, OUT/config.json, OUT/metrics.jsonl, OUT/scores.json and OUT/report.png.
+Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, and OUT/checkpoints while it runs.
 
-Not here: the losses (vladva.py), the benchmarks (eval.py). Several devices and resuming are not written yet.
+Not here: the losses (vladva.py), the benchmarks (eval.py).
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import os
 import random
 import resource
+import shutil
+import signal
 import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import eval as benchmarks
-from vladva import Outputs, Settings, VladVA, command, free_bytes, pick_device, pick_dtype, similarity
+from model import open_shard, read_json, write_json, write_tensors
+from vladva import (
+    Outputs,
+    Settings,
+    VladVA,
+    command,
+    encode_over_ranks,
+    free_bytes,
+    gather_rows,
+    join_ranks,
+    pick_device,
+    pick_dtype,
+    ranks,
+    read_adapter,
+    say,
+    similarity,
+    sum_over_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -37,20 +63,23 @@ class TrainConfig:
     data: str = "scenes"  # rendered; or a file of JSON lines
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
-    batch: int | None = None  # pairs a step; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
-    micro_batch: int | None = None  # pairs that are in memory at a time, the gradient being the same; None: what free memory allows
+    batch: int | None = None  # pairs a step, over all devices; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
+    micro_batch: int | None = None  # pairs that a device has in memory at a time, the gradient being the same; None: what free memory allows
     lr: float | None = None  # peak, of LoRA; None: 2e-4 at a decoder width of 4096 (LLaVA-1.5's LoRA recipe), inversely with the width
     soft_prompt_lr: float | None = None  # peak; None: 4 x lr (ours)
+    temperature_lr: float | None = None  # peak, of log tau when it is learned; None: lr (ours)
     warmup: float = 0.05  # share of the steps, linear; then cosine to 0 (cosine: second-hand)
-    weight_decay: float = 0.0  # ours
+    weight_decay: float = 0.0  # of LoRA; ours
     clip: float = 1.0  # largest gradient norm; ours
     seed: int = 0  # of adapter weights, data order and training scenes
-    dtype: str | None = (
-        None  # of frozen weights and compute (what is trained stays float32); None: bfloat16 on cuda, on the cpu float32 if it fits well
-    )
+    dtype: str | None = None  # of frozen weights, what is trained stays float32; None: bfloat16 on cuda, on the cpu float32 if it fits well
     device: str | None = None  # None: cuda when there is one
     checkpointing: bool | None = None  # recompute each decoder block in the backward pass: less memory, about a third more time; None: on cuda
-    on_bad_data: str = "error"  # or "skip": leave bad rows out, count and list them
+    compile: bool = False  # torch.compile every decoder block
+    workers: int | None = None  # processes that read and preprocess batches ahead; None: 0 on the cpu, up to 8 on cuda
+    on_bad_data: str = "error"  # or "skip": leave bad rows out and list them in OUT/bad_rows.txt
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints that are kept
     scenes: int = 20000  # training scenes to draw from
     eval_seed: int = benchmarks.TEST_SEED  # of the held-out scenes
     eval_gallery: int = 1000  # held-out scenes in the retrieval gallery; 0: nothing is measured before and after
@@ -58,70 +87,83 @@ class TrainConfig:
     holdout: int | None = None  # rows of a pairs file kept out of training, for retrieval; None: a tenth, at most 1000
 
 
+FREE_ON_RESUME = ("device", "workers", "save_every", "keep")  # what may differ when a run goes on
+
 # ------------------------------------------------------------------------------------------------------ the run
 
 
-def train(config, settings):
+def train(config, settings, resume=False):
     """Measure, adapt, measure again. Returns {"before": results, "after": results}, empty when nothing was held out."""
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
+    device = join_ranks(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device, config.model)
     model = VladVA.from_pretrained(config.model, None, device, dtype, settings)
     rows, held_out = open_data(config, model)
     config = resolve(config, model, rows)
-    out = start_run(config, settings)
+    out = start_run(config, settings, rows, resume)
     before = held_out.measure(model)
     model.attach()
-    model.lvlm.decoder.checkpointing = config.checkpointing
+    prepare_blocks(model.lvlm.decoder, config)
     announce(config, settings, model, rows)
-    adapt(model, rows, config, out / "metrics.jsonl")
-    model.save_adapter(out)
+    adapt(model, rows, config, out)
+    if ranks()[0] == 0:
+        model.save_adapter(out)
     after = held_out.measure(model)
-    return report(out, held_out, before, after)
+    return report(out, held_out, before, after) if ranks()[0] == 0 else None
 
 
-def adapt(model, rows, config, metrics_path):
+def adapt(model, rows, config, out):
     """The loop: one optimisation step of L = L_con + w L_CE (paper Sec. 3.2.3) a batch."""
     optimizer = make_optimizer(model, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    with open(metrics_path, "w", encoding="utf-8", buffering=1) as metrics, tqdm(total=config.steps, desc="adapting", disable=None) as bar:
-        for step, parts in enumerate(batches(model, rows, config), start=1):
-            start, factor = time.perf_counter(), schedule(step, config)
+    done = load_checkpoint(out, model, optimizer)
+    rate = matmul_rate(model.lvlm.device, model.lvlm.compute_dtype)
+    stop, bad = StopSignals(), BadRows(out, config, len(rows))
+    with stop, Metrics(out / "metrics.jsonl", done) as metrics, tqdm(total=config.steps, initial=done, desc="adapting", disable=hidden_bar()) as bar:
+        start = time.perf_counter()
+        for step, drawn in enumerate(loader(model, rows, config, done + 1), start=done + 1):
+            bad.count(drawn.bad)
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * factor
-            measured = optimisation_step(model, parts, optimizer, config.clip)
-            seconds, images = time.perf_counter() - start, sum(len(part.pixels) for part in parts)
-            measured |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "step_s": seconds, "images_per_s": images / seconds}
-            measured |= {"tokens_per_s": token_count(parts) / seconds, "peak_bytes": peak_bytes(model.lvlm.device)}
-            metrics.write(json.dumps({"step": step, **measured}) + "\n")
-            bar.set_postfix(loss=f"{measured['loss']:.3f}", images_per_s=f"{measured['images_per_s']:.2f}")
+                group["lr"] = peak * schedule(step, config)
+            measured = {name: value.item() for name, value in optimisation_step(model, drawn.parts, optimizer, config.clip).items()}
+            now = time.perf_counter()
+            if not math.isfinite(measured["loss"] + measured["grad_norm"]):
+                raise not_finite(step, measured, drawn.where, out)
+            flops = sum(step_flops(model, drawn.parts, config.checkpointing))
+            metrics.write(step, measured, optimizer.param_groups[0]["lr"], now - start, drawn.parts, flops / rate, peak_bytes(model.lvlm.device))
+            start = now
+            bar.set_postfix(loss=f"{measured['loss']:.3f}")
             bar.update()
+            stopped = stop.asked(model.lvlm.device)
+            if (step % config.save_every == 0 or stopped) and step < config.steps:
+                save_checkpoint(out, step, model, optimizer, config.keep)
+            if stopped and step < config.steps:
+                say(f"stopped by a signal after step {step} of {config.steps}; go on with: python train.py --out {out} --resume")
+                raise SystemExit(130)
 
 
 def optimisation_step(model, parts, optimizer, clip):
-    """Gradients of the batch, clip, update. Returns the step's losses and gradient norm; ValueError when they are not finite."""
+    """Gradients of the batch, clip, update. Returns losses and gradient norm as 0-d tensors: nothing here waits for the device."""
     optimizer.zero_grad(set_to_none=True)
-    contrastive, next_token = backward(model, [part.to(model.lvlm.device) for part in parts])
-    loss = model.overall_loss(contrastive, next_token)
+    contrastive, next_token = backward(model, parts)
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], clip)
-    if not torch.isfinite(loss + norm):
-        raise ValueError(f"loss {loss.item()} and gradient norm {norm.item()} are not finite: lower --lr, or use --dtype float32")
     optimizer.step()
-    return {"loss": loss.item(), "contrastive": contrastive.item(), "next_token": next_token.item(), "grad_norm": norm.item()}
+    return {"loss": model.overall_loss(contrastive, next_token), "contrastive": contrastive, "next_token": next_token, "grad_norm": norm}
 
 
 def backward(model, parts):
     """Add the gradient of the overall loss of one batch to every trained parameter; returns (contrastive, next-token).
 
-    parts: the batch as TrainingBatches, of which one at a time is in memory with its graph (gradient caching, Gao et al., 2021, arXiv
-    2101.06983). The gradient is that of model(batch) in one piece; Eq. 1 sees every pair of the batch.
+    parts: this process's share of the batch as TrainingBatches on the host, of which one at a time is on the device with its graph
+    (gradient caching, Gao et al., 2021, arXiv 2101.06983). The gradient is that of model(batch) for the batch in one piece: Eq. 1 sees
+    every pair of every process, Eq. 2 is a mean over all their caption tokens.
     """
-    whole = len(parts) == 1
+    whole, device = len(parts) == 1, model.lvlm.device
     with torch.set_grad_enabled(whole):  # 1. embed all parts, without a graph if they are to be run again
-        first = [model.outputs(part if whole else part.prompts()) for part in parts]
+        first = [model.outputs((part if whole else part.prompts()).to(device)) for part in parts]
     image_emb, text_emb = (torch.cat([getattr(o, name).detach() for o in first]).requires_grad_() for name in ("image_emb", "text_emb"))
-    contrastive, _ = model.losses(Outputs(image_emb, text_emb, None), ())  # 2. Eq. 1 over the whole batch, and its gradient
-    tokens = sum(len(part.images.targets) for part in parts)
+    contrastive, _ = model.losses(Outputs(with_other_ranks(image_emb), with_other_ranks(text_emb), None), ())  # 2. Eq. 1, and its gradient
+    tokens = total_tokens(parts, device)
     if contrastive.requires_grad:
         contrastive.backward()
     elif not (tokens and model.settings.next_token_weight):
@@ -129,22 +171,48 @@ def backward(model, parts):
     image_grads, text_grads = (torch.zeros_like(emb) if emb.grad is None else emb.grad for emb in (image_emb, text_emb))
     row, next_token = 0, torch.zeros_like(contrastive.detach())
     for part in parts:  # 3. each part with its graph: that gradient goes back together with Eq. 2's
-        out, rows = first[0] if whole else model.outputs(part), slice(row, row + len(part.with_short))
-        _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0]), part.images.targets, tokens)
+        out, rows = first[0] if whole else model.outputs(part.to(device)), slice(row, row + len(part.with_short))
+        _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0]), part.images.targets.to(device), tokens)
         pull = (out.image_emb * image_grads[rows]).sum() + (out.text_emb * text_grads[rows]).sum()
         model.overall_loss(pull, share).backward()
         row, next_token = rows.stop, next_token + share.detach()
-    return contrastive.detach(), next_token
+    sum_gradients(model)
+    return contrastive.detach(), sum_over_ranks(next_token)
+
+
+def with_other_ranks(emb):
+    """The embeddings of all processes, those of this one with their graph."""
+    every, begin = gather_rows(emb.detach())
+    return torch.cat([every[:begin], emb, every[begin + len(emb) :]])
+
+
+def total_tokens(parts, device):
+    """Caption tokens of the batch over all processes."""
+    own = sum(len(part.images.targets) for part in parts)
+    return own if ranks()[1] == 1 else int(sum_over_ranks(torch.tensor(own, device=device)))
+
+
+def sum_gradients(model):
+    """Add up the gradients of all processes. That of the temperature is whole in each of them already, so one counts."""
+    rank, count = ranks()
+    if count == 1:
+        return
+    for name, p in model.trained():
+        p.grad = torch.zeros_like(p) if p.grad is None or (name == "log_temperature" and rank) else p.grad
+    flat = sum_over_ranks(torch.cat([p.grad.flatten() for _, p in model.trained()]))
+    for (_, p), piece in zip(model.trained(), flat.split([p.numel() for _, p in model.trained()])):
+        p.grad.copy_(piece.view_as(p))
 
 
 def make_optimizer(model, config):
-    """AdamW with a learning rate each for LoRA and for soft prompts; the temperature, when learned, goes with LoRA undecayed."""
+    """AdamW, fused where the device has it, with a learning rate each for LoRA, soft prompts and the temperature."""
     trained = dict(model.trained())
     soft = [p for name, p in trained.items() if name.startswith("soft_prompts.")]
     adapters = [p for name, p in trained.items() if "lora_" in name]
     rest = [p for name, p in trained.items() if name == "log_temperature"]
-    groups = [(adapters, config.lr, config.weight_decay), (soft, config.soft_prompt_lr, 0.0), (rest, config.lr, 0.0)]
-    return torch.optim.AdamW([{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in groups if params])
+    groups = [(adapters, config.lr, config.weight_decay), (soft, config.soft_prompt_lr, 0.0), (rest, config.temperature_lr, 0.0)]
+    fused = model.lvlm.device.type in ("cuda", "cpu")
+    return torch.optim.AdamW([{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in groups if params], fused=fused)
 
 
 def schedule(step, config):
@@ -155,28 +223,193 @@ def schedule(step, config):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
 
-def batches(model, rows, config):
-    """config.steps TrainingBatches. The order is a function of the seed: a shuffle an epoch, a last incomplete batch left out.
+def prepare_blocks(decoder, config):
+    """Checkpointing and torch.compile, block by block."""
+    decoder.checkpointing = config.checkpointing
+    if config.compile:
+        for block in decoder.layers:
+            block.compile()
 
-    Rows that belong together stay neighbours (rows.together of them).
+
+# ------------------------------------------------------------------------------------------------------ data order
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one process works on in one step: its micro-batches on the host, the names of their rows, and what was wrong with others."""
+
+    parts: list
+    where: list
+    bad: list
+
+
+class Steps:
+    """Step number -> Drawn. All that is random is a function of (seed, step, number of processes), so a run can go on anywhere.
+
+    An epoch is a shuffle of all rows, a last incomplete batch left out; rows that belong together (rows.together of them) stay neighbours.
+    Each process takes every n-th row of the batch; inside it, rows of similar length share a micro-batch.
     """
-    rng, order = random.Random(f"order {config.seed}"), []
-    for _ in range(config.steps):
-        if len(order) < config.batch:
-            firsts = range(0, len(rows), rows.together)
-            order = [row for first in rng.sample(firsts, len(firsts)) for row in range(first, min(first + rows.together, len(rows)))]
-        drawn, order = order[: config.batch], order[config.batch :]
-        usable = []
-        for index in drawn:
+
+    def __init__(self, model, rows, config):
+        self.model, self.rows, self.config = model, rows, config
+
+    def indices(self, step):
+        """Row numbers of the whole batch of a step counted from 1, and its epoch."""
+        epoch, place = divmod(step - 1, max(1, len(self.rows) // self.config.batch))
+        return self.order(epoch)[place * self.config.batch : (place + 1) * self.config.batch].tolist(), epoch
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - one object a run
+    def order(self, epoch):
+        groups = -(-len(self.rows) // self.rows.together)
+        firsts = np.random.default_rng([self.config.seed, epoch]).permutation(groups) * self.rows.together
+        every = (firsts[:, None] + np.arange(self.rows.together)).reshape(-1)
+        return every[every < len(self.rows)]
+
+    def __getitem__(self, step):
+        (rank, count), (indices, epoch), usable, bad = ranks(), self.indices(step), [], []
+        for index in indices[rank::count]:
             try:
-                usable.append(rows.row(index, rng))
+                usable.append(self.rows.row(index, random.Random(f"caption {self.config.seed} {epoch} {index}")))
             except data.BadRow as error:
-                if config.on_bad_data == "error":
-                    raise
-                tqdm.write(f"row left out: {error}")
-        usable.sort(key=lambda row: len(row["long"] or ""))  # rows of similar length share a micro-batch
-        size = config.micro_batch or len(usable)
-        yield [model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
+                bad.append(str(error))
+        usable.sort(key=lambda row: len(row["long"] or ""))
+        size = self.config.micro_batch or len(usable) or 1
+        parts = [self.model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
+        return Drawn(parts, [row["where"] for row in usable], bad)
+
+
+def loader(model, rows, config, first):
+    """Drawn of every step from `first` on, made ahead by worker processes if there are any."""
+    ahead = {"multiprocessing_context": "fork", "prefetch_factor": 2} if config.workers else {}
+    steps = Steps(model, rows, config)
+    return DataLoader(
+        steps, batch_size=None, sampler=range(first, config.steps + 1), num_workers=config.workers or 0, collate_fn=lambda x: x, **ahead
+    )
+
+
+class BadRows:
+    """Rows that turn out bad while training: an error at the first, or left out and listed in OUT/bad_rows.txt, up to 1 % of all."""
+
+    def __init__(self, out, config, rows):
+        self.path, self.policy, self.allowed, self.found = out / "bad_rows.txt", config.on_bad_data, data.allowed_bad(rows), 0
+
+    def count(self, messages):
+        if messages and self.policy == "error":
+            raise data.BadRow(messages[0])
+        self.found += len(messages)
+        if messages:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(f"{message}\n" for message in messages)
+        if self.found > self.allowed:
+            raise ValueError(f"{self.found} bad rows, more than 1 % of the data: look at {self.path}")
+
+
+# ------------------------------------------------------------------------------------------------------ nothing lost
+
+
+class StopSignals:
+    """Inside the context SIGTERM and SIGINT are noted instead of ending the process, so that the step in hand is finished and saved."""
+
+    def __enter__(self):
+        self.noted, self.before = False, {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        self.noted = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def asked(self, device):
+        """Was any process asked to stop?"""
+        return self.noted if ranks()[1] == 1 else bool(sum_over_ranks(torch.tensor(int(self.noted), device=device)))
+
+
+class Metrics:
+    """OUT/metrics.jsonl, one line a step; lines of steps after the `done` ones of an interrupted run are dropped first."""
+
+    def __init__(self, path, done):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines()[:done] if path.exists() else []
+        self.kept = "".join(f"{line}\n" for line in lines)
+
+    def __enter__(self):
+        if ranks()[0] == 0:
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
+            self.file.write(self.kept)
+        return self
+
+    def write(self, step, measured, lr, seconds, parts, flops, peak):
+        images, tokens = sum(len(part.pixels) for part in parts), token_count(parts)
+        speed = {
+            "step_s": seconds,
+            "images_per_s": images / seconds,
+            "tokens_per_s": tokens / seconds,
+            "matmul_share": flops / seconds,
+            "peak_bytes": peak,
+        }
+        if ranks()[0] == 0:
+            self.file.write(json.dumps({"step": step, **measured, "lr": lr, **speed}) + "\n")
+
+    def __exit__(self, *_):
+        if ranks()[0] == 0:
+            self.file.close()
+
+
+def checkpoints(out):
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step-??????"))
+
+
+def save_checkpoint(out, step, model, optimizer, keep):
+    """Write OUT/checkpoints/step-...: whole or not at all, the last `keep` of them; nothing random needs saving (see Steps)."""
+    if ranks()[0]:
+        return
+    folder = out / "checkpoints" / f"step-{step:06d}"
+    partial = folder.with_suffix(".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_adapter(partial)
+        write_tensors(partial / "optimizer.safetensors", optimizer_state(model, optimizer))
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = f"the last whole one is {checkpoints(out)[-1]}" if checkpoints(out) else "there is no earlier one"
+        raise ValueError(f"the checkpoint of step {step} could not be saved, {last}: {error}") from None
+    for old in checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def optimizer_state(model, optimizer):
+    """AdamW's moments and step counts by parameter name, as tensors on the host."""
+    return {
+        f"{name}.{kind}": value.detach().to("cpu").contiguous() for name, p in model.trained() for kind, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def load_checkpoint(out, model, optimizer):
+    """Put the last whole checkpoint of OUT into model and optimizer; returns its step, 0 when there is none."""
+    found = checkpoints(out)
+    if not found:
+        return 0
+    model.load_adapter_state(read_adapter(found[-1])[0], found[-1])
+    shard, trained = open_shard(found[-1] / "optimizer.safetensors"), dict(model.trained())
+    for key in shard.keys():
+        name, kind = key.rsplit(".", 1)
+        value = shard.get_tensor(key)
+        optimizer.state[trained[name]][kind] = value if kind == "step" and not optimizer.defaults["fused"] else value.to(trained[name].device)
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def not_finite(step, measured, where, out):
+    """The error of a run whose loss or gradient is not finite any more."""
+    (out / "not_finite.txt").write_text("".join(f"{row}\n" for row in where), encoding="utf-8")
+    last = f"the last checkpoint is {checkpoints(out)[-1]}" if checkpoints(out) else "there is no checkpoint"
+    rows = f"{', '.join(where[:8])}{' ...' if len(where) > 8 else ''} (all {len(where)} in {out / 'not_finite.txt'})"
+    return ValueError(
+        f"step {step}: loss {measured['loss']} or gradient norm {measured['grad_norm']} is not finite; rows {rows}; {last}: "
+        "lower --lr, or use --dtype float32"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ start
@@ -211,7 +444,8 @@ class HeldOutRows:
     def measure(self, model):
         if len(self.rows) < 2:
             return None
-        emb = model.encode_image([row["image"] for row in self.rows]), model.encode_text([row["short"][0] for row in self.rows])
+        shown, said = [row["image"] for row in self.rows], [row["short"][0] for row in self.rows]
+        emb = encode_over_ranks(model.encode_image, shown), encode_over_ranks(model.encode_text, said)
         sim = similarity(*emb).cpu()
         results = {"task": "held-out rows", "gallery": len(self.rows), "retrieval": benchmarks.recall_at(sim, torch.arange(len(self.rows)))}
         return Measured(results, sim)
@@ -235,11 +469,11 @@ def open_data(config, model):
     """(rows to train on, what is held out) for rendered scenes or a pairs file."""
     if config.data == "scenes":
         size = model.lvlm.config.vision.image_size
-        print(f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
+        say(f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
         return data.Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
     pairs = data.Pairs(config.data, model.tokenizer, config.on_bad_data)
     if pairs.bad:
-        print(f"{len(pairs.bad)} bad rows of {config.data} left out:\n  " + "\n  ".join(pairs.bad[:20]) + ("\n  ..." if len(pairs.bad) > 20 else ""))
+        say(f"{len(pairs.bad)} bad rows of {config.data} left out:\n  " + "\n  ".join(pairs.bad[:20]) + ("\n  ..." if len(pairs.bad) > 20 else ""))
     count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
     if count > len(pairs) - 2:
         raise ValueError(f"--holdout {count} leaves fewer than 2 of the {len(pairs)} rows to train on")
@@ -248,7 +482,7 @@ def open_data(config, model):
     kept_out = {row["where"] for row in chosen}
     pairs.rows = [row for row in pairs.rows if row["where"] not in kept_out]
     if len(chosen) < 2:
-        print(f"nothing held out of {len(pairs)} rows: no table before and after (--holdout N keeps N rows out)")
+        say(f"nothing held out of {len(pairs)} rows: no table before and after (--holdout N keeps N rows out)")
     return pairs, HeldOutRows(chosen)
 
 
@@ -256,22 +490,27 @@ def resolve(config, model, rows):
     """Fill in what the config leaves to the run, and refuse what cannot be honoured."""
     batch = config.batch if config.batch is not None else min(64, len(rows))
     lr = config.lr if config.lr is not None else 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size
-    if not 2 <= batch <= len(rows):
-        raise ValueError(f"--batch {batch}: wanted 2 to {len(rows)}, the rows there are to train on")
-    for name, low in (("steps", 1), ("scenes", 2), ("eval_gallery", 2 * (config.eval_gallery != 0)), ("eval_items", 1), ("micro_batch", 1)):
+    if not max(2, ranks()[1]) <= batch <= len(rows):
+        raise ValueError(f"--batch {batch}: wanted {max(2, ranks()[1])} to {len(rows)}, the rows there are to train on")
+    for name, low in (("steps", 1), ("scenes", 2), ("eval_gallery", 2 * (config.eval_gallery != 0)), ("eval_items", 1),
+                      ("micro_batch", 1), ("workers", 0), ("save_every", 1), ("keep", 1)):  # fmt: skip
         if getattr(config, name) is not None and getattr(config, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed")
-    checkpointing = config.checkpointing if config.checkpointing is not None else model.lvlm.device.type == "cuda"
+    cuda = model.lvlm.device.type == "cuda"
+    checkpointing = cuda if config.checkpointing is None else config.checkpointing
+    share = -(-batch // ranks()[1])
     return dataclasses.replace(
         config,
         dtype=str(model.lvlm.dtype).removeprefix("torch."),
         checkpointing=checkpointing,
-        micro_batch=min(batch, config.micro_batch or fitting_micro_batch(model, checkpointing)),
+        micro_batch=min(share, config.micro_batch or fitting_micro_batch(model, checkpointing)),
         out=config.out or str(Path("runs") / Path(config.model).name),
         batch=batch,
         lr=lr,
         soft_prompt_lr=config.soft_prompt_lr if config.soft_prompt_lr is not None else 4 * lr,
+        temperature_lr=config.temperature_lr if config.temperature_lr is not None else lr,
         device=str(model.lvlm.device),
+        workers=config.workers if config.workers is not None else min(8, os.cpu_count() - 1) * cuda,
     )
 
 
@@ -293,31 +532,89 @@ def activation_bytes(decoder, tokens, checkpointing, itemsize):
     return itemsize * tokens * (blocks * width + block if checkpointing else blocks * block)
 
 
-def start_run(config, settings):
-    """Make OUT and write its config.json; refuse a folder that holds another run."""
+def start_run(config, settings, rows, resume):
+    """Make OUT and write its config.json, and the bad rows found so far; refuse a folder that holds another run, unless it goes on."""
     out = Path(config.out)
-    if any((out / name).exists() for name in ("config.json", "adapter.safetensors", "metrics.jsonl")):
-        raise ValueError(f"{out} holds another run: choose another --out, or delete it first")
+    if not resume and any((out / name).exists() for name in ("config.json", "adapter.safetensors", "metrics.jsonl")):
+        raise ValueError(f"{out} holds another run: go on with --resume, choose another --out, or delete it first")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        resolved = dataclasses.asdict(config) | {"settings": dataclasses.asdict(settings), "torch": torch.__version__}
-        (out / "config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+        if ranks()[0] == 0 and not resume:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "config.json", dataclasses.asdict(config) | {"settings": dataclasses.asdict(settings), "torch": torch.__version__})
+            BadRows(out, config, len(rows)).count(getattr(rows, "bad", []))
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error}") from None
     return out
+
+
+def stored_run(given):
+    """(TrainConfig, Settings) of the run in OUT that goes on. given: the flags of the command line; one that differs is refused."""
+    out = Path(given.get("out") or Path("runs") / Path(given.get("model", TrainConfig.model)).name)
+    stored = read_json(out / "config.json")
+    settings = stored.pop("settings")
+    known = {**stored, **settings, "out": str(out)}
+    other = [f"{name} was {known[name]!r}, not {value!r}" for name, value in given.items() if name not in FREE_ON_RESUME and known[name] != value]
+    if other:
+        raise ValueError(f"{out} cannot go on with other settings: {'; '.join(other)}")
+    fields = {f.name: known[f.name] for f in dataclasses.fields(TrainConfig)} | {"device": None, "workers": None}
+    free = {name: given[name] for name in FREE_ON_RESUME if name in given}
+    return TrainConfig(**fields | free), Settings(**settings)
 
 
 def announce(config, settings, model, rows):
     """Say what is about to run: the counts, and the resolved config."""
     trained = sum(p.numel() for _, p in model.trained())
     every = sum(p.numel() for p in model.parameters())
-    print(f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows to train on")
-    print("  ".join(f"{name}={value}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
+    say(f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows to train on")
+    say("  ".join(f"{name}={value}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
 
 
 def token_count(parts):
-    """Tokens of a batch, padding included."""
+    """Tokens of this process's share of a batch, padding included."""
     return sum(part.images.ids.numel() + (part.texts.ids.numel() if part.texts else 0) for part in parts)
+
+
+def hidden_bar():
+    """Progress bars are for the first process, in a terminal."""
+    return True if ranks()[0] else None
+
+
+def step_flops(model, parts, checkpointing):
+    """(forward, backward) arithmetic of one step of this process in operations, from the shapes; attention counted causally.
+
+    A frozen weight costs 2 operations a number and token in each direction, gradients for it none; the LoRA factors cost three times 2.
+    """
+    config, decoder = model.lvlm.config, model.lvlm.config.decoder
+    linear = sum(p.numel() for layer in model.lvlm.decoder.layers for name, p in layer.named_parameters() if name.endswith("proj.weight"))
+    factors = sum(p.numel() for name, p in model.trained() if "lora_" in name)
+    vision = sum(p.numel() for block in model.lvlm.vision.layers[: config.num_vision_blocks] for p in block.parameters())
+    attention = 2 * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
+    forward = back = 0
+    for part in parts:
+        for ids, passes in (
+            (part.images.ids, 1 + checkpointing),
+            (part.texts.ids if part.texts else part.images.ids[:0], 1 + checkpointing + (len(parts) > 1)),
+        ):
+            once = ids.numel() * (2 * (linear + factors) + attention * ids.shape[1])
+            forward, back = forward + passes * once, back + ids.numel() * (2 * linear + 4 * factors + 2 * attention * ids.shape[1])
+        if len(parts) > 1:
+            prompts = len(part.pixels) * part.images.prompt_width
+            forward += prompts * (2 * (linear + factors) + attention * part.images.prompt_width)
+        forward += (1 + (len(parts) > 1)) * len(part.pixels) * 2 * vision * (config.num_image_tokens + 1)
+        head = 2 * len(part.images.targets) * decoder.vocab_size * decoder.hidden_size
+        forward, back = forward + head, back + head
+    return forward, back
+
+
+def matmul_rate(device, dtype):
+    """Operations a second that the device reaches on a product of two square matrices, the best of a few."""
+    size = 4096 if device.type == "cuda" else 1024
+    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def peak_bytes(device):
@@ -332,7 +629,7 @@ def peak_bytes(device):
 
 def report(out, held_out, before, after):
     """Print the table before / after, write scores.json and report.png."""
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = read_metrics(out)
     scores = {"before": before.results, "after": after.results} if before else {}
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if scores:
@@ -369,6 +666,35 @@ def draw_report(held_out, before, after, metrics):
     return page
 
 
+CURVES = {"contrastive": "contrastive loss (nats, Eq. 1)", "next_token": "next-token loss (nats a token, Eq. 2)", "grad_norm": "gradient norm",
+          "lr": "learning rate of LoRA", "tokens_per_s": "tokens a second", "matmul_share": "share of the device's matrix-product rate"}  # fmt: skip
+
+
+def read_metrics(out):
+    """The lines of OUT/metrics.jsonl; ValueError when there are none."""
+    path = Path(out) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines:
+        raise ValueError(f"{path} has no steps to draw: --plot wants the folder of a run")
+    return [json.loads(line) for line in lines]
+
+
+def plot(out):
+    """Draw the curves of a run, finished or not, into OUT/curves.png."""
+    metrics, page = read_metrics(out), Image.new("RGB", (1040, 3 * 210), "white")
+    for n, (name, title) in enumerate(CURVES.items()):
+        x, y = 70 + 520 * (n % 2), 40 + 210 * (n // 2)
+        draw_curve(
+            ImageDraw.Draw(page),
+            (x, y, x + 420, y + 130),
+            [m[name] for m in metrics],
+            title,
+            (ImageFont.load_default(15), ImageFont.load_default(12)),
+        )
+    page.save(Path(out) / "curves.png")
+    say(f"written: {out}/curves.png, {len(metrics)} steps; the last: {metrics[-1]}")
+
+
 def draw_curve(pen, box, values, title, fonts):
     """One curve over the steps, with the axes' ends labelled. box: (left, top, right, bottom) in pixels."""
     left, top, right, bottom = box
@@ -377,7 +703,7 @@ def draw_curve(pen, box, values, title, fonts):
     pen.line((left, top, left, bottom, right, bottom), fill=INK)
     for level in (0.0, high / 2, high):
         y = bottom - (bottom - top) * level / high
-        pen.text((left - 6, y), f"{level:.2f}", INK, fonts[1], anchor="rm")
+        pen.text((left - 6, y), f"{level:.3g}", INK, fonts[1], anchor="rm")
         pen.line((left - 3, y, left, y), fill=INK)
     points = [(left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * value / high) for i, value in enumerate(values)]
     pen.line(points if len(points) > 1 else points * 2, fill=(200, 60, 40), width=2)
@@ -395,22 +721,27 @@ def add_fields(parser, cls, skip=()):
         if f.name in skip:
             continue
         if kind == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         else:
-            parser.add_argument(flag, type={"int": int, "float": float, "str": str}[kind], default=f.default, help=f"(default: {f.default})")
-
-
-def from_args(cls, args):
-    return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+            parser.add_argument(flag, type={"int": int, "float": float, "str": str}[kind], help=f"(default: {f.default})")
 
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="train.py", description="Adapt an LVLM into an embedding model (VladVA).")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Adapt an LVLM into an embedding model (VladVA).", argument_default=argparse.SUPPRESS
+    )
     add_fields(parser, TrainConfig)
     add_fields(parser, Settings)
-    args = parser.parse_args(argv)
-    return train(from_args(TrainConfig, args), from_args(Settings, args))
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in OUT, from its last checkpoint")
+    parser.add_argument("--plot", metavar="OUT", default=None, help="only draw the curves of a run")
+    given = vars(parser.parse_args(argv))
+    resume, drawn = given.pop("resume"), given.pop("plot")
+    if drawn:
+        return plot(drawn)
+    pick = lambda cls: cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
+    config, settings = stored_run(given) if resume else (pick(TrainConfig), pick(Settings))
+    return train(config, settings, resume)
 
 
 if __name__ == "__main__":

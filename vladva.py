@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import data
@@ -458,10 +458,8 @@ class VladVA(nn.Module):
         """Write folder/adapter.safetensors: LoRA, soft prompts, temperature, and the settings they were trained with."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", "settings": json.dumps(dataclasses.asdict(self.settings)), "base": self.name}
-        unfinished = folder / "adapter.safetensors.partial"
-        save_file(self.adapter_state(), unfinished, metadata=metadata)
-        unfinished.replace(folder / "adapter.safetensors")
+        about = {"base": self.name, "settings": dataclasses.asdict(self.settings)}  # under one key: the order of several is not fixed in the file
+        lvlm_module.write_tensors(folder / "adapter.safetensors", self.adapter_state(), {"adapter": json.dumps(about)})
 
     def save_merged(self, folder, shard_bytes=5_000_000_000):
         """Write an adapted model as a plain LLaVA folder: LoRA folded in, soft prompts as added tokens with their own embeddings.
@@ -553,10 +551,66 @@ def read_adapter(folder):
     if not path.exists():
         raise ValueError(f"{path} not found: --adapter wants the folder of a training run (python train.py --out FOLDER writes one)")
     shard = lvlm_module.open_shard(path)
-    stored = (shard.metadata() or {}).get("settings")
-    if stored is None:
+    about = (shard.metadata() or {}).get("adapter")
+    if about is None:
         raise ValueError(f"{path} carries no settings: it was not written by this project")
-    return {name: shard.get_tensor(name) for name in shard.keys()}, Settings(**json.loads(stored))
+    return {name: shard.get_tensor(name) for name in shard.keys()}, Settings(**json.loads(about)["settings"])
+
+
+# ------------------------------------------------------------------------------------------------------ many devices (torchrun)
+
+
+def ranks():
+    """(this process, how many) among those that torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(device):
+    """Join the other processes when torchrun started this one; returns the device of this process, cuda:<local rank> for cuda."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return device
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def say(*words):
+    """Print, in the first process only."""
+    if ranks()[0] == 0:
+        print(*words, flush=True)
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if ranks()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows):
+    """(rows of every process (sum of n, ...), in rank order; where those of this one begin). rows: (n, ...), n may differ."""
+    rank, count = ranks()
+    if count == 1:
+        return rows, 0
+    sizes = torch.zeros(count, dtype=torch.long, device=rows.device)
+    sizes[rank] = len(rows)
+    sizes = sum_over_ranks(sizes).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)]), sum(sizes[:rank])
+
+
+def encode_over_ranks(encode, items):
+    """encode(items), (B, D), with the work split over the processes; every process gets all rows, each once, in the order of the items."""
+    rank, count = ranks()
+    rows, _ = gather_rows(encode(items[rank::count]))
+    out = torch.empty_like(rows)
+    out[[i for r in range(count) for i in range(r, len(items), count)]] = rows
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -573,6 +627,9 @@ def command(main):
         except ValueError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     return run
 
@@ -627,7 +684,7 @@ def add_model_flags(parser):
 
 def load_model(args):
     """The model that the flags of add_model_flags ask for."""
-    device = pick_device(args.device)
+    device = join_ranks(pick_device(args.device))
     return VladVA.from_pretrained(args.model, args.adapter, device, pick_dtype(args.dtype, device, args.model))
 
 
