@@ -49,13 +49,13 @@ def random_config(**text):
     return raw | {"tie_word_embeddings": raw["text_config"]["tie_word_embeddings"]}
 
 
-def make_folder(folder, raw, seed=0):
+def make_folder(folder, raw, seed=0, std=0.2):
     """Write random float32 weights and the tiny model's tokenizer and preprocessor."""
     torch.manual_seed(seed)
     lvlm = LVLM(parse_config(raw))
     with torch.no_grad():
         for p in lvlm.parameters():
-            p.normal_(std=0.2)
+            p.normal_(std=std)
     save_lvlm(lvlm, folder, torch.float32)
     for name in ("tokenizer.json", "preprocessor_config.json"):
         shutil.copy(TINY / name, folder)
