@@ -438,7 +438,8 @@ class HeldOutScenes:
             return None
         image_emb, text_emb = benchmarks.embed(model, self.benchmark)
         gallery = self.benchmark.gallery
-        return Measured(benchmarks.score(self.benchmark, image_emb, text_emb), similarity(image_emb[:gallery], text_emb[:gallery]))
+        results = benchmarks.score(self.benchmark, image_emb, text_emb) | {"image_mode": model.settings.image_mode}
+        return Measured(results, similarity(image_emb[:gallery], text_emb[:gallery]))
 
     def picture(self, index, size):
         return data.render(self.benchmark.scenes[index], size)
@@ -459,8 +460,8 @@ class HeldOutRows:
         shown, said = [row["image"] for row in self.rows], [row["short"][0] for row in self.rows]
         emb = encode_over_ranks(model.encode_image, shown), encode_over_ranks(model.encode_text, said)
         sim = similarity(*emb).cpu()
-        results = {"task": "held-out rows", "gallery": len(self.rows), "retrieval": benchmarks.recall_at(sim, torch.arange(len(self.rows)))}
-        return Measured(results, sim)
+        results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.settings.image_mode}
+        return Measured(results | {"retrieval": benchmarks.recall_at(sim, torch.arange(len(self.rows)))}, sim)
 
     def picture(self, index, size):
         return data.pad_to_square(data.open_image(self.rows[index]["image"]), (255, 255, 255)).resize((size, size))
@@ -592,30 +593,28 @@ def hidden_bar():
 
 
 def step_flops(model, parts, checkpointing):
-    """(forward, backward) arithmetic of one step of this process in operations, from the shapes; attention counted causally.
+    """(matrix products, attention) of one step of this process in operations, from the shapes; attention counted causally.
 
-    A frozen weight costs 2 operations a number and token in each direction, gradients for it none; the LoRA factors cost three times 2.
+    A frozen weight costs 2 operations a number and token in each direction, a LoRA factor twice that backwards; gradients for frozen
+    weights cost nothing, because there are none.
     """
-    config, decoder = model.lvlm.config, model.lvlm.config.decoder
-    linear = sum(p.numel() for layer in model.lvlm.decoder.layers for name, p in layer.named_parameters() if name.endswith("proj.weight"))
+    lvlm, cached = model.lvlm, len(parts) > 1
+    decoder = lvlm.config.decoder
+    linear = sum(p.numel() for name, p in lvlm.decoder.layers.named_parameters() if name.endswith("proj.weight"))
     factors = sum(p.numel() for name, p in model.trained() if "lora_" in name)
-    vision = sum(p.numel() for block in model.lvlm.vision.layers[: config.num_vision_blocks] for p in block.parameters())
-    attention = 2 * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
-    forward = back = 0
+    seen = sum(p.numel() for block in lvlm.vision.layers[: lvlm.vision.num_blocks] for p in block.parameters())
+    seen += sum(p.numel() for p in (*lvlm.projector.parameters(), lvlm.vision.patch_embedding.weight))
+    products = attention = 0
     for part in parts:
-        for ids, passes in (
-            (part.images.ids, 1 + checkpointing),
-            (part.texts.ids if part.texts else part.images.ids[:0], 1 + checkpointing + (len(parts) > 1)),
-        ):
-            once = ids.numel() * (2 * (linear + factors) + attention * ids.shape[1])
-            forward, back = forward + passes * once, back + ids.numel() * (2 * linear + 4 * factors + 2 * attention * ids.shape[1])
-        if len(parts) > 1:
-            prompts = len(part.pixels) * part.images.prompt_width
-            forward += prompts * (2 * (linear + factors) + attention * part.images.prompt_width)
-        forward += (1 + (len(parts) > 1)) * len(part.pixels) * 2 * vision * (config.num_image_tokens + 1)
-        head = 2 * len(part.images.targets) * decoder.vocab_size * decoder.hidden_size
-        forward, back = forward + head, back + head
-    return forward, back
+        prompts = (len(part.pixels), part.images.prompt_width)
+        shapes = [part.images.ids.shape] + ([part.texts.ids.shape] if part.texts else [])
+        passes = [*shapes, *(shapes if checkpointing else []), *([prompts, *shapes[1:]] if cached else [])]
+        for (batch, width), each, causal in [(s, 2 * (linear + factors), 2) for s in passes] + [(s, 2 * linear + 4 * factors, 4) for s in shapes]:
+            products += batch * width * each
+            attention += batch * width**2 * causal * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
+        products += 4 * len(part.images.targets) * decoder.vocab_size * decoder.hidden_size
+        products += (1 + cached) * len(part.pixels) * 2 * seen * lvlm.config.num_image_tokens
+    return products, attention
 
 
 def matmul_rate(device, dtype):

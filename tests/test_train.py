@@ -438,14 +438,14 @@ def test_a_whole_step_of_the_full_size_model_on_the_meta_device(size, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batch", [2, 8])
 def test_the_arithmetic_of_a_step_is_what_torch_counts(random_folder, scene_rows, micro_batch, checkpointing):
-    """step_flops against torch's counter; within 5 %, for it counts neither norms nor the patch embedding."""
+    """The products of step_flops against torch's counter, which does not see into fused attention; 5 % for biases and small change."""
     model = VladVA.from_pretrained(random_folder, settings=Settings(rank=4))
     model.attach()
     model.lvlm.decoder.checkpointing = checkpointing
     parts = [model.training_batch(scene_rows[i : i + micro_batch]) for i in range(0, 8, micro_batch)]
     with FlopCounterMode(display=False) as counter:
         training.backward(model, parts)
-    assert counter.get_total_flops() == pytest.approx(sum(training.step_flops(model, parts, checkpointing)), rel=0.05)
+    assert counter.get_total_flops() == pytest.approx(training.step_flops(model, parts, checkpointing)[0], rel=0.05)
 
 
 def test_activation_memory_is_at_least_what_autograd_keeps(random_folder):
