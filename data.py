@@ -277,11 +277,6 @@ def parse_pair(line, where, folder):
     return {"image": path, "short": short, "long": long, "where": where}
 
 
-def allowed_bad(rows):
-    """How many bad rows a run with --on-bad-data skip accepts: 1 % of them, or 3 in a small file."""
-    return max(3, rows // 100)
-
-
 class Pairs:
     """The usable rows of a pairs file. `bad` holds the message of every skipped one (on_bad "skip"); "error" raises at the first."""
 
@@ -299,8 +294,6 @@ class Pairs:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 self.keep(line, f"{path}:{number}", tokenizer, decode=len(lines) <= self.CHECK_FIRST, on_bad=on_bad)
-        if len(self.bad) > allowed_bad(len(lines)):
-            raise ValueError(f"{path}: {len(self.bad)} bad rows of {len(lines)}, more than 1 %; first: {self.bad[0]}")
         if len(self.rows) < 2:
             raise ValueError(
                 f"{path}: {len(self.rows)} usable rows ({len(self.bad)} bad); at least 2 are needed" + (f"; first: {self.bad[0]}" if self.bad else "")

@@ -54,6 +54,7 @@ from vladva import (
     say,
     similarity,
     sum_over_ranks,
+    wait_for_ranks,
 )
 
 
@@ -299,11 +300,16 @@ def loader(model, rows, config, first):
     )
 
 
+def allowed_bad(rows):
+    """How many bad rows a run with --on-bad-data skip accepts: 1 % of them, or 3 in a small file."""
+    return max(3, rows // 100)
+
+
 class BadRows:
     """Rows that turn out bad while training: an error at the first, or left out and listed in OUT/bad_rows.txt, up to 1 % of all."""
 
     def __init__(self, out, config, rows):
-        self.path, self.policy, self.allowed, self.found = out / "bad_rows.txt", config.on_bad_data, data.allowed_bad(rows), 0
+        self.path, self.policy, self.allowed, self.found = out / "bad_rows.txt", config.on_bad_data, allowed_bad(rows), 0
 
     def count(self, messages):
         if messages and self.policy == "error":
@@ -485,6 +491,8 @@ def open_data(config, model):
         say(f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
         return data.Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
     pairs = data.Pairs(config.data, model.tokenizer, config.on_bad_data)
+    if len(pairs.bad) > allowed_bad(len(pairs) + len(pairs.bad)):
+        raise ValueError(f"{config.data}: {len(pairs.bad)} bad rows beside {len(pairs)} good ones, more than 1 %; first: {pairs.bad[0]}")
     if pairs.bad:
         say(f"{len(pairs.bad)} bad rows of {config.data} left out:\n  " + "\n  ".join(pairs.bad[:20]) + ("\n  ..." if len(pairs.bad) > 20 else ""))
     count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
@@ -550,11 +558,13 @@ def start_run(config, settings, rows, resume):
     out = Path(config.out)
     if not resume and any((out / name).exists() for name in ("config.json", "adapter.safetensors", "metrics.jsonl")):
         raise ValueError(f"{out} holds another run: go on with --resume, choose another --out, or delete it first")
+    wait_for_ranks()  # all have looked before the first one writes
     try:
         if ranks()[0] == 0 and not resume:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "config.json", dataclasses.asdict(config) | {"settings": dataclasses.asdict(settings), "torch": torch.__version__})
-            BadRows(out, config, len(rows)).count(getattr(rows, "bad", []))
+            if getattr(rows, "bad", []):
+                (out / "bad_rows.txt").write_text("".join(f"{message}\n" for message in rows.bad), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error}") from None
     return out

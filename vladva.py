@@ -577,6 +577,12 @@ def join_ranks(device):
     return device
 
 
+def wait_for_ranks():
+    """Go on when every process has come here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
 def say(*words):
     """Print, in the first process only."""
     if ranks()[0] == 0:

@@ -238,6 +238,12 @@ def test_bad_rows_stop_the_run_or_are_counted(random_folder, tmp_path, capsys):
     path.write_text("\n".join([*lines, "{"]) + "\n")
     run(random_folder, tmp_path / "skip", "--data", str(path), "--steps", "1", "--on-bad-data", "skip")
     assert "2 bad rows" in capsys.readouterr().out
+    listed = (tmp_path / "skip" / "bad_rows.txt").read_text().splitlines()
+    assert len(listed) == 2 and "pairs.jsonl:1: " in listed[0] and "pairs.jsonl:25: " in listed[1]
+    path.write_text("\n".join([*lines, *"{{{{"]) + "\n")
+    with pytest.raises(SystemExit):
+        run(random_folder, tmp_path / "many", "--data", str(path), "--steps", "1", "--on-bad-data", "skip")
+    assert "5 bad rows beside 23 good ones, more than 1 %" in capsys.readouterr().err and not (tmp_path / "many").exists()
 
 
 @pytest.mark.parametrize(
