@@ -98,10 +98,11 @@ FREE_ON_RESUME = ("device", "workers", "save_every", "keep")  # what may differ 
 def train(config, settings, resume=False):
     """Measure, adapt, measure again. Returns {"before": results, "after": results}, empty when nothing was held out."""
     torch.manual_seed(config.seed)
-    return_freed_memory()
     device = join_ranks(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device, config.model)
     model = VladVA.from_pretrained(config.model, None, device, dtype, settings)
+    if 4 * sum(p.nbytes for p in model.parameters()) > free_bytes(device):
+        return_freed_memory()
     rows, held_out = open_data(config, model)
     config = resolve(config, model, rows)
     out = start_run(config, settings, rows, resume)
@@ -230,7 +231,8 @@ def schedule(step, config):
 def return_freed_memory():
     """On Linux, have tensors over 4 MB allocated apart, so that their memory goes back to the system when they are freed.
 
-    Left alone, glibc keeps them in one heap, whose holes can come to hold several times what is in use.
+    Left alone, glibc keeps them in one heap, whose holes can come to hold several times what is in use. It costs time (each allocation is
+    a new mapping), so it is for models that are large for the machine.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(ctypes.c_int(-3), ctypes.c_int(4 << 20))  # M_MMAP_THRESHOLD
