@@ -123,11 +123,11 @@ class Tokenizer:
         self.bos_id, self.eos_id = text.get("bos_token_id", 1), text.get("eos_token_id", 2)  # LlamaConfig's defaults
         self.pad_id = self.eos_id  # never seen by a real token, so any id serves
         self.placeholder_id = self.image_id if self.image_id < rows else self.pad_id
-        self.eos, self.image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
+        eos, image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
         self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
-        if self.eos is None or self.image != "<image>":
+        if eos is None or image != "<image>":
             raise ValueError(
-                f"{path} has {self.image!r} at id {self.image_id} and {self.eos!r} at id {self.eos_id}: config.json says <image> and an "
+                f"{path} has {image!r} at id {self.image_id} and {eos!r} at id {self.eos_id}: config.json says <image> and an "
                 "end-of-sequence token, so the two files do not belong together"
             )
         if self.inner.encode("a").ids[0] != self.bos_id or self.inner.encode("a").ids.count(self.bos_id) != 1:

@@ -136,13 +136,12 @@ def hub_config(raw, tower):
         )
     extra = ("rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id")
     text = {key: raw[key] for key in (*DecoderConfig.__dataclass_fields__, *extra) if key in raw}
-    feature_layer = {"vision_feature_layer": raw["mm_vision_select_layer"]} if "mm_vision_select_layer" in raw else {}
-    top = {"model_type": "llava", "image_token_index": text.get("vocab_size", DecoderConfig.vocab_size), "projector_hidden_act": "gelu"}
-    quantized = {"quantization_config": raw.get("quantization_config")}
     return {
-        **top,
-        **feature_layer,
-        **quantized,
+        "model_type": "llava",
+        "image_token_index": text.get("vocab_size", DecoderConfig.vocab_size),
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+        "quantization_config": raw.get("quantization_config"),
         "vision_config": {"model_type": "clip_vision_model", **vision},
         "text_config": {"model_type": "llama", **text},
     }

@@ -307,6 +307,12 @@ def allowed_bad(rows):
     return max(3, rows // 100)
 
 
+def write_lines(path, lines, mode="w"):
+    """Strings as the lines of a file."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
 class BadRows:
     """Rows that turn out bad while training: an error at the first, or left out and listed in OUT/bad_rows.txt, up to 1 % of all."""
 
@@ -318,8 +324,7 @@ class BadRows:
             raise data.BadRow(messages[0])
         self.found += len(messages)
         if messages:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(f"{message}\n" for message in messages)
+            write_lines(self.path, messages, "a")
         if self.found > self.allowed:
             raise ValueError(f"{self.found} bad rows, more than 1 % of the data: look at {self.path}")
 
@@ -423,7 +428,7 @@ def load_checkpoint(out, model, optimizer):
 
 def not_finite(step, measured, where, out):
     """The error of a run whose loss or gradient is not finite any more."""
-    (out / "not_finite.txt").write_text("".join(f"{row}\n" for row in where), encoding="utf-8")
+    write_lines(out / "not_finite.txt", where)
     last = f"the last checkpoint is {checkpoints(out)[-1]}" if checkpoints(out) else "there is no checkpoint"
     rows = f"{', '.join(where[:8])}{' ...' if len(where) > 8 else ''} (all {len(where)} in {out / 'not_finite.txt'})"
     return ValueError(
@@ -566,7 +571,7 @@ def start_run(config, settings, rows, resume):
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "config.json", dataclasses.asdict(config) | {"settings": dataclasses.asdict(settings), "torch": torch.__version__})
             if getattr(rows, "bad", []):
-                (out / "bad_rows.txt").write_text("".join(f"{message}\n" for message in rows.bad), encoding="utf-8")
+                write_lines(out / "bad_rows.txt", rows.bad)
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error}") from None
     return out
@@ -737,12 +742,10 @@ def draw_curve(pen, box, values, title, fonts):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def add_fields(parser, cls, skip=()):
+def add_fields(parser, cls):
     """One flag a field of a config dataclass, defaults and all."""
     for f in dataclasses.fields(cls):
         flag, kind = f"--{f.name.replace('_', '-')}", str(f.type).removeprefix("<class '").removesuffix("'>").removesuffix(" | None")
-        if f.name in skip:
-            continue
         if kind == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         else:

@@ -1,6 +1,7 @@
 """A random LLaVA-shaped folder in the hub's layout, small enough that a test takes milliseconds."""
 
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -112,6 +113,16 @@ def drawn_weight(name, shape):
     """A weight of a random model; name in any layout."""
     values = drawn(to_ours(name), shape)
     return 1 + 0.2 * values if "norm" in name and name.endswith("weight") else values * (0.3 if len(shape) > 1 else 0.1)
+
+
+def shapes_by_layer(named):
+    """{name with * for the layer's number: [how many, shape]} of (name, tensor) pairs; layers must be alike."""
+    shapes = {}
+    for name, p in named:
+        entry = shapes.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), [0, list(p.shape)])
+        assert entry[1] == list(p.shape), name
+        entry[0] += 1
+    return shapes
 
 
 def lora_weight(layer, part, shape):

@@ -6,7 +6,6 @@ Weights and inputs are not stored: `drawn` (in conftest.py) makes them anew from
 """
 
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from conftest import HUB_CONFIGS, RECORDED, drawn, drawn_picture, drawn_weight, lora_weight, sequences
+from conftest import HUB_CONFIGS, RECORDED, drawn, drawn_picture, drawn_weight, lora_weight, sequences, shapes_by_layer
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -120,12 +119,7 @@ def record_shapes(raw):
     """{name with * for the layer's number: [how many, shape]} of the full-size model, without its weights."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(**{k: v for k, v in raw.items() if k != "model_type"}))
-    shapes = {}
-    for name, p in model.state_dict().items():
-        count, shape = shapes.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), [0, list(p.shape)])
-        assert shape == list(p.shape), name
-        shapes[re.sub(r"\.layers\.\d+\.", ".layers.*.", name)][0] = count + 1
-    return shapes
+    return shapes_by_layer(model.state_dict().items())
 
 
 def main():
