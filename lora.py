@@ -11,12 +11,36 @@ import contextlib
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from model import FrozenLinear, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # paper Sec. 3.3: the linear layers inside Phi_l
+
+
+class LoRAProduct(torch.autograd.Function):
+    """x W0^T + scale x A^T B^T for a frozen W0, with the gradients of x, A and B.
+
+    Written out because autograd would keep and pass over several tensors as large as the output; here only x and x A^T (..., R) are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scale):
+        rows, a, b = x.flatten(0, -2), lora_a.to(x.dtype), lora_b.to(x.dtype)
+        low, out = rows @ a.T, rows @ weight.to(x.dtype).T  # (n, R), (n, out)
+        torch.addmm(out, low, b.T, alpha=scale, out=out)
+        ctx.save_for_backward(rows, low, weight, lora_a, lora_b)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows, low, weight, lora_a, lora_b), grad, x_grad = ctx.saved_tensors, grad.flatten(0, -2), None
+        low_grad = (grad @ lora_b.to(grad.dtype)) * ctx.scale  # (n, R)
+        if ctx.needs_input_grad[0]:
+            x_grad = grad @ weight.to(grad.dtype)
+            x_grad = torch.addmm(x_grad, low_grad, lora_a.to(grad.dtype), out=x_grad).view(ctx.shape)
+        return x_grad, None, (low_grad.T @ rows).to(lora_a.dtype), (grad.T @ low * ctx.scale).to(lora_b.dtype), None
 
 
 class LoRALinear(nn.Module):
@@ -43,11 +67,9 @@ class LoRALinear(nn.Module):
         return (self.weight.float() + update).to(self.weight.dtype)
 
     def forward(self, x):
-        frozen = FrozenLinear.apply(x, self.weight)
         if not self.enabled:
-            return frozen
-        low_rank = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return frozen + low_rank * (self.alpha / self.rank)
+            return FrozenLinear.apply(x, self.weight)
+        return LoRAProduct.apply(x, self.weight, self.lora_a, self.lora_b, self.alpha / self.rank)
 
 
 def lora_layers(module):

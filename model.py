@@ -307,10 +307,30 @@ class KVCache:
         self.rows = torch.arange(batch, device=device)[:, None]
 
     def write(self, layer, k, v, positions):
-        """Store k, v (B, G, T, K) at slots `positions` (B, T); return all slots of this layer, (B, G, S, K) each."""
-        self.keys[layer][self.rows, positions] = k.transpose(1, 2)
-        self.values[layer][self.rows, positions] = v.transpose(1, 2)
+        """Store k, v (B, G, T, K) at slots `positions` (B, T), or the first T; return all slots of this layer, (B, G, S, K) each."""
+        where = torch.arange(k.shape[2], device=k.device) if positions is None else positions
+        self.keys[layer][self.rows, where] = k.transpose(1, 2)
+        self.values[layer][self.rows, where] = v.transpose(1, 2)
         return self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
+
+
+class Prefix:
+    """Keys and values of tokens that every row of a batch begins with, computed once for one row. What follows them is not stored."""
+
+    def __init__(self, decoder, embeds):
+        """embeds: (1, S, D), the decoder inputs of those tokens."""
+        self.cache = KVCache(decoder.config, 1, embeds.shape[1], embeds.device, embeds.dtype)
+        decoder(embeds, self.cache)
+
+    def write(self, layer, k, v, positions):
+        """k, v (B, G, T, K) behind those of the prefix, (B, G, S + T, K) each."""
+        before = (kept[layer].transpose(1, 2).expand(len(k), -1, -1, -1) for kept in (self.cache.keys, self.cache.values))
+        return tuple(torch.cat(both, dim=2) for both in zip(before, (k, v)))
+
+
+def pick(x, rows):
+    """The states x (B, T, D) at the flat indices b * T + t, (M, D); all of them as they are when rows is None."""
+    return x if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
 class Attention(nn.Module):
@@ -324,18 +344,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width)
         self.o_proj = Linear(self.heads * self.width, config.hidden_size)
 
-    def forward(self, x, rotary, cache=None, layer=None, positions=None):
+    def forward(self, x, rotary, cache=None, layer=None, positions=None, rows=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, K), (B, G, T, K)
         grouped = self.heads != self.kv_heads
         if cache is not None:
             all_k, all_v = cache.write(layer, k, v, positions)
-        if cache is not None and x.shape[1] == 1:  # one new token a row: it sees the slots up to its own position
-            seen = torch.arange(all_k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, 1, S)
+        if positions is not None:  # tokens that follow others: they see the slots up to their own position
+            seen = torch.arange(all_k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
             attended = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=seen, enable_gqa=grouped)
         else:  # right padding needs no mask under causal attention: a real token never sees what comes after it
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        return self.o_proj(pick(attended.transpose(1, 2).flatten(2), rows))
 
 
 class SwiGLU(nn.Module):
@@ -361,8 +381,8 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rotary, cache=None, layer=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer, positions)
+    def forward(self, x, rotary, cache=None, layer=None, positions=None, rows=None):
+        x = pick(x, rows) + self.self_attn(self.input_layernorm(x), rotary, cache, layer, positions, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -379,17 +399,23 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeds, cache=None, positions=None):
-        """positions: (B, T), where each token stands in its row; only with a cache, otherwise 0 .. T - 1."""
+    def forward(self, embeds, cache=None, positions=None, rows=None):
+        """cache: where keys and values go, and those of earlier tokens come from. positions: (B or 1, T), where each token stands in its
+        row, when it follows others in the cache; otherwise they are 0 .. T - 1.
+
+        rows: flat indices b * T + t of the states that are wanted, (M, D); what the last block does for the others after its attention is
+        left out. None: all, (B, T, D).
+        """
         where = torch.arange(embeds.shape[1], device=embeds.device)[None] if positions is None else positions
         cos, sin = rotary_tables(where, self.config.head_width, self.config.rope_theta, embeds.dtype)
         rotary = cos[:, None], sin[:, None]  # (B or 1, 1, T, K)
         x = embeds
         for layer, block in enumerate(self.layers):
+            wanted = rows if layer + 1 == len(self.layers) else None
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                x = checkpoint(block, x, rotary, rows=wanted, use_reentrant=False)
             else:
-                x = block(x, rotary, cache, layer, positions)
+                x = block(x, rotary, cache, layer, positions, wanted)
         return self.norm(x)
 
 
@@ -479,9 +505,7 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY):
         raise ValueError(f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {limit} positions: ask for fewer")
     cache = KVCache(lvlm.config.decoder, batch, slots, embeds.device, embeds.dtype)
     generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
-    positions = torch.arange(width, device=embeds.device).expand(batch, -1)
-    hidden = lvlm.decoder(embeds, cache, positions)
-    last = hidden[torch.arange(batch, device=embeds.device), lengths - 1]  # (B, D)
+    last = lvlm.decoder(embeds, cache, rows=torch.arange(batch, device=embeds.device) * width + lengths - 1)  # (B, D)
     produced, done = [], torch.zeros(batch, dtype=torch.bool, device=embeds.device)
     for step in range(max_new_tokens):
         token = next_token(lvlm.head(last), sampling, generator)  # (B,)

@@ -39,6 +39,7 @@ import data
 import eval as benchmarks
 from model import open_shard, read_json, write_json, write_tensors
 from vladva import (
+    ChunkedCrossEntropy,
     Outputs,
     Settings,
     VladVA,
@@ -67,7 +68,8 @@ class TrainConfig:
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
     batch: int | None = None  # pairs a step, over all devices; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
-    micro_batch: int | None = None  # pairs that a device has in memory at a time, the gradient being the same; None: what free memory allows
+    micro_batch: int | None = None  # pairs that run together, padded to one length, the gradient being the same; None: 16, or fewer if those fit
+    grad_cache: bool | None = None  # run each micro-batch twice, so that only one holds activations; None: with --micro-batch, or if not all fit
     lr: float | None = None  # peak, of LoRA; None: 2e-4 at a decoder width of 4096 (LLaVA-1.5's LoRA recipe), inversely with the width
     soft_prompt_lr: float | None = None  # peak; None: 4 x lr (ours)
     temperature_lr: float | None = None  # peak, of log tau when it is learned; None: lr (ours)
@@ -90,6 +92,7 @@ class TrainConfig:
     holdout: int | None = None  # rows of a pairs file kept out of training, for retrieval; None: a tenth, at most 1000
 
 
+BUCKET = 16  # pairs of similar length in a micro-batch: enough to keep a device busy (on 2 cores, 20 % faster than 64 padded to one length)
 FREE_ON_RESUME = ("device", "workers", "save_every", "keep")  # what may differ when a run goes on
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -130,11 +133,11 @@ def adapt(model, rows, config, out):
             bad.count(drawn.bad)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, config)
-            measured = {name: value.item() for name, value in optimisation_step(model, drawn.parts, optimizer, config.clip).items()}
+            measured = {name: value.item() for name, value in optimisation_step(model, drawn.parts, optimizer, config).items()}
             now = time.perf_counter()
             if not math.isfinite(measured["loss"] + measured["grad_norm"]):
                 raise not_finite(step, measured, drawn.where, out)
-            flops = sum(step_flops(model, drawn.parts, config.checkpointing))
+            flops = sum(step_flops(model, drawn.parts, config))
             metrics.write(step, measured, optimizer.param_groups[0]["lr"], now - start, drawn.parts, flops / rate, peak_bytes(model.lvlm.device))
             start = now
             bar.set_postfix(loss=f"{measured['loss']:.3f}")
@@ -147,25 +150,25 @@ def adapt(model, rows, config, out):
                 raise SystemExit(130)
 
 
-def optimisation_step(model, parts, optimizer, clip):
+def optimisation_step(model, parts, optimizer, config):
     """Gradients of the batch, clip, update. Returns losses and gradient norm as 0-d tensors: nothing here waits for the device."""
     optimizer.zero_grad(set_to_none=True)
-    contrastive, next_token = backward(model, parts)
-    norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], clip)
+    contrastive, next_token = backward(model, parts, config.grad_cache)
+    norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], config.clip)
     optimizer.step()
     return {"loss": model.overall_loss(contrastive, next_token), "contrastive": contrastive, "next_token": next_token, "grad_norm": norm}
 
 
-def backward(model, parts):
+def backward(model, parts, grad_cache):
     """Add the gradient of the overall loss of one batch to every trained parameter; returns (contrastive, next-token).
 
-    parts: this process's share of the batch as TrainingBatches on the host, of which one at a time is on the device with its graph
-    (gradient caching, Gao et al., 2021, arXiv 2101.06983). The gradient is that of model(batch) for the batch in one piece: Eq. 1 sees
-    every pair of every process, Eq. 2 is a mean over all their caption tokens.
+    parts: this process's share of the batch as TrainingBatches on the host. The gradient is that of model(batch) for the batch in one
+    piece: Eq. 1 sees every pair of every process, Eq. 2 is a mean over all their caption tokens. grad_cache: run each part twice, so that
+    only one of them has its graph in memory at a time (gradient caching, Gao et al., 2021, arXiv 2101.06983).
     """
-    whole, device = len(parts) == 1, model.lvlm.device
-    with torch.set_grad_enabled(whole):  # 1. embed all parts, without a graph if they are to be run again
-        first = [model.outputs((part if whole else part.prompts()).to(device)) for part in parts]
+    device = model.lvlm.device
+    with torch.set_grad_enabled(not grad_cache):  # 1. embed all parts, without a graph if they are to be run again
+        first = [model.outputs((part.prompts() if grad_cache else part).to(device)) for part in parts]
     image_emb, text_emb = (torch.cat([getattr(o, name).detach() for o in first]).requires_grad_() for name in ("image_emb", "text_emb"))
     contrastive, _ = model.losses(Outputs(with_other_ranks(image_emb), with_other_ranks(text_emb), None), ())  # 2. Eq. 1, and its gradient
     tokens = total_tokens(parts, device)
@@ -175,8 +178,8 @@ def backward(model, parts):
         raise ValueError("a batch has nothing to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0")
     image_grads, text_grads = (torch.zeros_like(emb) if emb.grad is None else emb.grad for emb in (image_emb, text_emb))
     row, next_token = 0, torch.zeros_like(contrastive.detach())
-    for part in parts:  # 3. each part with its graph: that gradient goes back together with Eq. 2's
-        out, rows = first[0] if whole else model.outputs(part.to(device)), slice(row, row + len(part.with_short))
+    for part, out in zip(parts, first):  # 3. each part with its graph: that gradient goes back together with Eq. 2's
+        out, rows = model.outputs(part.to(device)) if grad_cache else out, slice(row, row + len(part.with_short))
         _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0]), part.images.targets.to(device), tokens)
         pull = (out.image_emb * image_grads[rows]).sum() + (out.text_emb * text_grads[rows]).sum()
         model.overall_loss(pull, share).backward()
@@ -526,12 +529,13 @@ def resolve(config, model, rows):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed")
     cuda = model.lvlm.device.type == "cuda"
     checkpointing = cuda if config.checkpointing is None else config.checkpointing
-    share = -(-batch // ranks()[1])
+    share, fitting = -(-batch // ranks()[1]), fitting_micro_batch(model, checkpointing)
     return dataclasses.replace(
         config,
         dtype=str(model.lvlm.dtype).removeprefix("torch."),
         checkpointing=checkpointing,
-        micro_batch=min(share, config.micro_batch or fitting_micro_batch(model, checkpointing)),
+        micro_batch=min(share, config.micro_batch or min(fitting, BUCKET)),
+        grad_cache=(config.micro_batch or fitting) < share if config.grad_cache is None else config.grad_cache,
         out=config.out or str(Path("runs") / Path(config.model).name),
         batch=batch,
         lr=lr,
@@ -609,29 +613,49 @@ def hidden_bar():
     return True if ranks()[0] else None
 
 
-def step_flops(model, parts, checkpointing):
+def step_flops(model, parts, config):
     """(matrix products, attention) of one step of this process in operations, from the shapes; attention counted causally.
 
     A frozen weight costs 2 operations a number and token in each direction, a LoRA factor twice that backwards; gradients for frozen
-    weights cost nothing, because there are none.
+    weights cost nothing, because there are none. Behind its attention the last block runs for the states that are used only.
     """
-    lvlm, cached = model.lvlm, len(parts) > 1
-    decoder = lvlm.config.decoder
-    linear = sum(p.numel() for name, p in lvlm.decoder.layers.named_parameters() if name.endswith("proj.weight"))
-    factors = sum(p.numel() for name, p in model.trained() if "lora_" in name)
+    lvlm, decoder, products, attention = model.lvlm, model.lvlm.config.decoder, 0, 0
+    frozen, factors = [0, 0], [0, 0]  # numbers that every token meets, and only the states that are used
+    late = tuple(f"{decoder.num_hidden_layers - 1}.{name}" for name in ("self_attn.o_proj", "mlp"))
+    for name, p in lvlm.decoder.layers.named_parameters():
+        if "proj." in name:
+            (factors if "lora_" in name else frozen)[name.startswith(late)] += p.numel()
     seen = sum(p.numel() for block in lvlm.vision.layers[: lvlm.vision.num_blocks] for p in block.parameters())
     seen += sum(p.numel() for p in (*lvlm.projector.parameters(), lvlm.vision.patch_embedding.weight))
-    products = attention = 0
     for part in parts:
-        prompts = (len(part.pixels), part.images.prompt_width)
-        shapes = [part.images.ids.shape] + ([part.texts.ids.shape] if part.texts else [])
-        passes = [*shapes, *(shapes if checkpointing else []), *([prompts, *shapes[1:]] if cached else [])]
-        for (batch, width), each, causal in [(s, 2 * (linear + factors), 2) for s in passes] + [(s, 2 * linear + 4 * factors, 4) for s in shapes]:
-            products += batch * width * each
-            attention += batch * width**2 * causal * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
+        whole, first = ([b for b in (p.images, p.texts) if b] for p in (part, part.prompts()))
+        forwards = whole * (1 + config.checkpointing) + first * config.grad_cache
+        for batch, low_rank, causal in [(b, 2, 2) for b in forwards] + [(b, 4, 4) for b in whole]:
+            for tokens, w, ab in zip((batch.ids.numel(), len(batch.states)), frozen, factors):
+                products += tokens * (2 * w + low_rank * ab)
+            attention += (
+                causal * batch.ids.numel() * batch.ids.shape[1] * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
+            )
         products += 4 * len(part.images.targets) * decoder.vocab_size * decoder.hidden_size
-        products += (1 + cached) * len(part.pixels) * 2 * seen * lvlm.config.num_image_tokens
+        products += (1 + config.grad_cache) * len(part.pixels) * 2 * seen * lvlm.config.num_image_tokens
     return products, attention
+
+
+def step_bytes(model, parts, config):
+    """Memory that one step of this process needs, from the shapes: {"weights", "adapter", "activations", "logits"} in bytes.
+
+    adapter: values, gradients and AdamW's two moments of what is trained, in float32. activations: of all parts at once, or with
+    config.grad_cache of the largest. logits: a chunk of them and its softmax. Not counted: the program itself, and what the allocator
+    cannot use.
+    """
+    decoder, itemsize = model.lvlm.config.decoder, model.lvlm.compute_dtype.itemsize
+    each = [activation_bytes(decoder, token_count([part]), config.checkpointing, itemsize) for part in parts]
+    return {
+        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        "adapter": 4 * sum(p.nbytes for _, p in model.trained()),
+        "activations": max(each) if config.grad_cache else sum(each),
+        "logits": 2 * 4 * decoder.vocab_size * min(ChunkedCrossEntropy.CHUNK, max(len(part.images.targets) for part in parts)),
+    }
 
 
 def matmul_rate(device, dtype):

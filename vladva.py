@@ -70,13 +70,12 @@ DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT:"  # then a blank, the long captio
 GENERATE_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
 
 
-def summary_embedding(hidden, summary):
+def summary_embedding(hidden):
     """f = Phi_l(...)[eos], L2-normalised (paper Sec. 3.1): the final hidden state of the last prompt token, before anything is generated.
 
-    hidden: (B, T, D) after the final norm; summary: (B,) slot of the summary token. Returns (B, D) in float32, or float64 if hidden is.
+    hidden: (B, D), the states of the summary tokens after the final norm. Returns (B, D) in float32, or float64 if hidden is.
     """
-    chosen = hidden[torch.arange(len(hidden), device=hidden.device), summary]
-    return F.normalize(chosen if chosen.dtype == torch.float64 else chosen.float(), dim=-1)
+    return F.normalize(hidden if hidden.dtype == torch.float64 else hidden.float(), dim=-1)
 
 
 def similarity(image_emb, text_emb):
@@ -193,6 +192,12 @@ class Batch:
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Batch(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+
+    @property
+    def states(self):
+        """(B + M,) flat index b * T + t of the states that are used: those of the summary tokens, then those that predict a caption token."""
+        count, width = self.ids.shape
+        return torch.cat([torch.arange(count, device=self.ids.device) * width + self.summary, self.loss_index])
 
     def prompts(self):
         """The same sequences cut after their summary tokens: all that the embeddings depend on."""
@@ -362,8 +367,8 @@ class VladVA(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- forward
 
-    def hidden(self, batch, modality, pixels=None):
-        """Final hidden states of a Batch, (B, T, D): its tokens, soft prompts and image tokens through Phi_l."""
+    def embeds(self, batch, modality, pixels=None):
+        """Decoder inputs of a Batch, (B, T, D): its tokens, the soft prompts of its modality ("image" or "text") and its image tokens."""
         embeds = self.lvlm.embed(batch.ids)
         if self.adapted and modality in self.soft_prompts:
             embeds = lvlm_module.place(embeds, self.soft_prompts[modality], batch.prompt_slots)
@@ -371,7 +376,7 @@ class VladVA(nn.Module):
             with torch.no_grad():  # vision tower and projector are frozen
                 features = self.lvlm.image_features(pixels)
             embeds = lvlm_module.place(embeds, features, batch.image_slots)
-        return self.lvlm.decoder(embeds)
+        return embeds
 
     def outputs(self, batch):
         """Outputs of a TrainingBatch from one forward of its image sequences and one of its texts.
@@ -379,10 +384,12 @@ class VladVA(nn.Module):
         The long caption follows the summary token, which causal attention keeps from seeing it, so both losses share the forward
         (Sec. 3.2.3).
         """
-        hidden = self.hidden(batch.images, "image", batch.pixels)  # (B, T, D)
-        image_emb = summary_embedding(hidden, batch.images.summary)[batch.with_short]
-        text_emb = summary_embedding(self.hidden(batch.texts, "text"), batch.texts.summary) if batch.texts else image_emb
-        return Outputs(image_emb, text_emb, hidden.flatten(0, 1)[batch.images.loss_index])
+        hidden = self.lvlm.decoder(self.embeds(batch.images, "image", batch.pixels), rows=batch.images.states)  # (B + M, D)
+        image_emb = summary_embedding(hidden[: len(batch.pixels)])[batch.with_short]
+        text_emb = image_emb
+        if batch.texts:
+            text_emb = summary_embedding(self.lvlm.decoder(self.embeds(batch.texts, "text"), rows=batch.texts.states))
+        return Outputs(image_emb, text_emb, hidden[len(batch.pixels) :])
 
     def losses(self, outputs, targets, total=None):
         """(contrastive, next-token): Eq. 1 and Eq. 2 of Outputs and the caption tokens; a term that no row can feed is 0.
@@ -411,21 +418,29 @@ class VladVA(nn.Module):
         for start in range(0, len(images), batch_size):
             pixels = torch.stack([self.image_processor(data.open_image(image)) for image in images[start : start + batch_size]]).to(self.lvlm.device)
             batch = collate([sequence] * len(pixels), self.tokenizer.pad_id).to(self.lvlm.device)
-            parts.append(summary_embedding(self.hidden(batch, "image", pixels), batch.summary))
+            parts.append(summary_embedding(self.lvlm.decoder(self.embeds(batch, "image", pixels), rows=batch.states)))
         return torch.cat(parts) if parts else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
 
     @torch.no_grad()
     def encode_text(self, texts, batch_size=128):
-        """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in the order given. Batches hold similar lengths."""
+        """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in the order given.
+
+        Batches hold similar lengths, and the tokens that all texts begin with (the template's) go through the decoder once.
+        """
         if isinstance(texts, str):
             raise ValueError("encode_text wants a list of strings, got one string: put it in a list")
         sequences = [self.text_sequence(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(sequences[i].ids))
-        out = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+        out, prefix = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=self.lvlm.device), None
+        shared = len(os.path.commonprefix([s.ids[: s.summary] for s in sequences]))
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = collate([sequences[i] for i in rows], self.tokenizer.pad_id).to(self.lvlm.device)
-            out[rows] = summary_embedding(self.hidden(batch, "text"), batch.summary).to(out.dtype)
+            chosen = order[start : start + batch_size]
+            batch = collate([sequences[i] for i in chosen], self.tokenizer.pad_id).to(self.lvlm.device)
+            embeds, width = self.embeds(batch, "text"), batch.ids.shape[1]
+            prefix = prefix or lvlm_module.Prefix(self.lvlm.decoder, embeds[:1, :shared])
+            rows = torch.arange(len(chosen), device=self.lvlm.device) * (width - shared) + batch.summary - shared
+            positions = torch.arange(shared, width, device=self.lvlm.device)[None]
+            out[chosen] = summary_embedding(self.lvlm.decoder(embeds[:, shared:], prefix, positions, rows)).to(out.dtype)
         return out
 
     @torch.no_grad()

@@ -1,16 +1,16 @@
 """Our training step and our encoders against transformers + peft doing the same. By hand, where these are installed; pytest does not collect it.
 
-    python tests/bench.py [--dtype float32] [--batch 8] [--steps 3] [--micro-batch 8]
+    python tests/bench.py [--dtype float32] [--micro-batch 2] [--steps 3] [--rounds 3]
 
-A LLaVA-shaped random folder (ViT 6 x 256 at 224/14, decoder 8 x 512, vocabulary 32064), long captions of 40 to 300 words. Each side runs in
-processes of its own, in turn; printed are seconds a step, peak memory of the process, the ratios, and how far the first losses differ.
+A LLaVA-shaped random folder (ViT 6 x 256 at 224/14, decoder 8 x 512, vocabulary 32064), long captions of 40 to 300 words. The sides run in
+processes of their own, in turn, for some rounds; printed are the median seconds a step, the largest peak memory of a process, their
+ratios to transformers + peft, and the first losses.
 """
 
 import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +28,8 @@ SETTINGS = {"soft_prompts": False, "rank": 16}  # peft has no prompt inside a te
 WORDS = "there are two objects the background is gray small dotted orange ring red circle large blue square above left of and striped".split()
 
 
-def write_folder(folder):
+def write_folder(folder, text_sizes=None):
+    """The LLaVA-shaped random folder; text_sizes: other sizes of its decoder."""
     from conftest import CLIP_L_336, VICUNA_7B, make_folder, write_llama_tokenizer
 
     from data import TINY
@@ -36,6 +37,7 @@ def write_folder(folder):
 
     vision = CLIP_L_336 | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 224}
     text = VICUNA_7B | {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
+    text |= text_sizes or {}
     top = {"model_type": "llava", "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2, "image_seq_length": 256}
     make_folder(folder, top | {"vision_feature_select_strategy": "default", "vision_config": vision, "text_config": text}, std=0.03)
     write_llama_tokenizer(folder)
@@ -55,7 +57,8 @@ def rows(count):
 
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory this process has held, in bytes (Linux; getrusage would count a larger parent's before it started this program)."""
+    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def timed(work, steps):
@@ -72,7 +75,6 @@ def ours(args, dtype):
     import train
     from vladva import Settings, VladVA
 
-    train.return_freed_memory()
     model = VladVA.from_pretrained(args.folder, dtype=dtype, settings=Settings(**SETTINGS))
     if args.task.startswith("encode"):
         inputs = rows(args.count)
@@ -83,10 +85,13 @@ def ours(args, dtype):
         )
         return dict(zip(("loss", "seconds"), (0.0, timed(encode, 1)[1])))
     model.attach()
-    optimizer = train.make_optimizer(model, train.TrainConfig(lr=1e-4, soft_prompt_lr=1e-4, temperature_lr=1e-4))
-    drawn = sorted(rows(args.batch), key=lambda row: len(row["long"]))
+    rates = {"lr": 1e-4, "soft_prompt_lr": 1e-4, "temperature_lr": 1e-4}
+    config = train.TrainConfig(**rates, grad_cache=bool(args.grad_cache), compile=bool(args.compile), checkpointing=False)
+    train.prepare_blocks(model.lvlm.decoder, config)
+    optimizer = train.make_optimizer(model, config)
+    drawn = sorted(rows(8) * (args.batch // 8), key=lambda row: len(row["long"]))  # so that 64 rows have no longer captions than 8
     parts = [model.training_batch(drawn[i : i + args.micro_batch]) for i in range(0, args.batch, args.micro_batch)]
-    first, seconds = timed(lambda: train.optimisation_step(model, parts, optimizer, 1.0)["loss"].item(), args.steps)
+    first, seconds = timed(lambda: train.optimisation_step(model, parts, optimizer, config)["loss"].item(), args.steps)
     return {"loss": first, "seconds": seconds}
 
 
@@ -132,13 +137,13 @@ def peer(args, dtype):
     targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    drawn = rows(args.batch)
+    drawn = rows(8)
     images, texts = [helper.image_sequence(row["long"]) for row in drawn], [helper.text_sequence(row["short"]) for row in drawn]
     batch, words = collate(images, 0), collate(texts, 0)
     real = torch.tensor([[t < len(s.ids) for t in range(batch.ids.shape[1])] for s in images])
     labels = torch.tensor([[s.ids[t] if s.loss_start <= t < len(s.ids) else -100 for t in range(batch.ids.shape[1])] for s in images])
     mask = torch.tensor([[t < len(s.ids) for t in range(words.ids.shape[1])] for s in texts])
-    pixels, pairs = torch.stack([process(row["image"]) for row in drawn]).to(dtype), torch.arange(args.batch)
+    pixels, pairs = torch.stack([process(row["image"]) for row in drawn]).to(dtype), torch.arange(len(drawn))
 
     def step():
         optimizer.zero_grad()
@@ -165,11 +170,29 @@ def measure(side, folder, **flags):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def compare(sides, rounds, peer, scale, unit):
+    """Measure the sides in turn for some rounds; print each one's median seconds and largest peak, and their ratios to the peer's."""
+    found = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, flags in sides.items():
+            found[name].append(measure(**flags))
+    median = {name: sorted(r["seconds"] for r in results)[len(results) // 2] for name, results in found.items()}
+    peaks = {name: max(r["peak"] for r in results) for name, results in found.items()}
+    for name, results in found.items():
+        every = ", ".join(f"{scale(r['seconds']):.2f}" for r in results)
+        print(
+            f"  {name}: {scale(median[name]):.2f} {unit} (of {every}), ratio {scale(median[name]) / scale(median[peer]):.3f}; "
+            f"peak {peaks[name] / 1e9:.2f} GB, ratio {peaks[name] / peaks[peer]:.3f}; loss {results[0]['loss']:.5f}",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser()
     for name, default in (("dtype", "float32"), ("task", "step"), ("side", ""), ("folder", "")):
         parser.add_argument(f"--{name}", default=default)
-    for name, default in (("batch", 8), ("micro-batch", 8), ("steps", 3), ("texts", 2000), ("images", 96), ("count", 0)):
+    for name, default in (("micro-batch", 2), ("steps", 3), ("rounds", 3), ("texts", 2000), ("images", 96), ("count", 0), ("batch", 8),
+                          ("compile", 0), ("grad-cache", 0)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     if args.side:
@@ -178,20 +201,23 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         write_folder(folder)
-        same = {"dtype": args.dtype, "steps": args.steps}
-        a, b = measure("ours", folder, batch=args.batch, micro_batch=args.micro_batch, **same), measure("peer", folder, batch=args.batch, **same)
-        print(f"step of {args.batch} pairs in {args.dtype}, micro-batches of {args.micro_batch}: losses {a['loss']:.5f} and {b['loss']:.5f}")
-        for what, unit, scale in (("seconds", "s", 1), ("peak", "GB", 1e9)):
-            print(
-                f"  {what}: ours {a[what] / scale:.2f} {unit}, transformers + peft {b[what] / scale:.2f} {unit}, ratio {a[what] / b[what]:.3f}",
-                flush=True,
-            )
-        small, large = (measure("ours", folder, dtype=args.dtype, steps=1, batch=n, micro_batch=4)["peak"] / 1e9 for n in (8, 64))
-        print(f"micro-batches of 4: batch 8 peaks at {small:.2f} GB, batch 64 at {large:.2f} GB, ratio {large / small:.3f}", flush=True)
+        theirs = "transformers + peft"
+        same = {"folder": folder, "dtype": args.dtype}
+        step = same | {"side": "ours", "batch": 8, "micro_batch": args.micro_batch, "steps": args.steps}
+        print(f"a step of 8 pairs in {args.dtype}", flush=True)
+        sides = {f"ours, micro-batches of {args.micro_batch}": step, "... with --compile": step | {"compile": 1}}
+        sides |= {"... with --grad-cache": step | {"grad_cache": 1}, theirs: step | {"side": "peer"}}
+        compare(sides, args.rounds, theirs, lambda seconds: seconds, "s")
+        few = same | {"side": "ours", "steps": 1, "micro_batch": 4, "grad_cache": 1}
+        small, large = (measure(**few, batch=n)["peak"] / 1e9 for n in (8, 64))
+        print(
+            f"micro-batches of 4 with --grad-cache: batch 8 peaks at {small:.2f} GB, batch 64 at {large:.2f} GB, ratio {large / small:.3f}",
+            flush=True,
+        )
         for task, count in (("encode_text", args.texts), ("encode_image", args.images)):
-            a, b = (measure(side, folder, dtype=args.dtype, task=task, count=count) for side in ("ours", "peer"))
-            rates = [count / result["seconds"] for result in (a, b)]
-            print(f"{task}: ours {rates[0]:.1f} a second, transformers {rates[1]:.1f}, ratio {rates[0] / rates[1]:.2f}", flush=True)
+            print(f"{task} of {count}", flush=True)
+            sides = {name: same | {"side": side, "task": task, "count": count} for name, side in (("ours", "ours"), ("transformers", "peer"))}
+            compare(sides, args.rounds, "transformers", lambda seconds, count=count: count / seconds, "a second")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def compare_model(folder):
     expanded = their_ids[:image] + [ours.tokenizer.image_id] * ours.lvlm.config.num_image_tokens + their_ids[image + 1 :]
     print(f"token ids equal: {expanded == sequence.ids}")
     batch = collate([sequence] * len(images), ours.tokenizer.pad_id)
-    hidden = ours.hidden(batch, "image", pixels)
+    hidden = ours.lvlm.decoder(ours.embeds(batch, "image", pixels))
     inputs = {"input_ids": batch.ids, "pixel_values": pixels, "attention_mask": torch.ones_like(batch.ids)}
     out = theirs(**inputs, output_hidden_states=True)
     for name, a, b in (("hidden states", hidden, out.hidden_states[-1]), ("logits", ours.lvlm.head(hidden), out.logits)):

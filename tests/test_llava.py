@@ -257,9 +257,9 @@ def test_a_merged_llama_folder_embeds_as_the_adapter_does(llama_folder, tmp_path
     with torch.no_grad():
         features = merged.image_features(model.image_processor(picture)[None])
         hidden = merged.decoder(place(merged.embed(torch.tensor([image_ids])), features, torch.tensor([slot])))
-        close(vladva.summary_embedding(hidden, torch.tensor([-1])), model.encode_image([picture]))
+        close(vladva.summary_embedding(hidden[:, -1]), model.encode_image([picture]))
         text_ids = torch.tensor([tokenizer.encode(prompts["text"].replace("{caption}", caption)).ids])
-        close(vladva.summary_embedding(merged.decoder(merged.embed(text_ids)), torch.tensor([-1])), model.encode_text([caption]))
+        close(vladva.summary_embedding(merged.decoder(merged.embed(text_ids))[:, -1]), model.encode_text([caption]))
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and all((tmp_path / "merged" / name).exists() for name in files)

@@ -87,3 +87,21 @@ def test_a_weight_stored_in_bfloat16_is_used_in_the_dtype_of_the_input():
     assert torch.equal(out, F.linear(x, weight.float()))
     (gradient,) = torch.autograd.grad(out.square().sum(), x)
     torch.testing.assert_close(gradient, 2 * out @ weight.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_written_out_gradients_are_autograds(dtype):
+    """Of x, A and B, for inputs of two and three dimensions; bfloat16 weights and inputs leave A and B in float32."""
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(nn.Linear(6, 5, bias=False).to(dtype), rank=2, alpha=3)
+    layer.weight.requires_grad_(False)
+    nn.init.normal_(layer.lora_b)
+    for shape in ((4, 6), (2, 3, 6)):
+        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        plain = F.linear(x, layer.weight) + 1.5 * F.linear(F.linear(x, layer.lora_a.to(dtype)), layer.lora_b.to(dtype))
+        wanted = torch.autograd.grad(plain.square().sum(), (x, layer.lora_a, layer.lora_b))
+        found = torch.autograd.grad(layer(x).square().sum(), (x, layer.lora_a, layer.lora_b))
+        bound = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(layer(x), plain, **bound)
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b, **bound)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as benchmarks
 import model as lvlm_module
-from model import LVLM, generate, load_lvlm, parse_config, place, save_lvlm
+from model import LVLM, Prefix, generate, load_lvlm, parse_config, place, save_lvlm
 from vladva import VladVA
 
 EXACT = dict(atol=1e-4, rtol=1e-4)  # float32 against a loop in another order
@@ -97,6 +97,33 @@ def test_checkpointing_changes_no_gradient(lvlm):
         gradients.append(x.grad)
     lvlm.decoder.checkpointing = False
     assert torch.equal(*gradients)
+
+
+def test_states_that_are_picked_are_those_of_the_whole(lvlm):
+    """Values and gradients, with and without checkpointing: what the last block leaves out, nothing depends on."""
+    torch.manual_seed(0)
+    embeds, rows, gradients = torch.randn(2, 6, lvlm.config.decoder.hidden_size), torch.tensor([11, 3, 4]), []
+    for lvlm.decoder.checkpointing in (False, True):
+        for picked in (lambda x: lvlm.decoder(x, rows=rows), lambda x: lvlm.decoder(x).flatten(0, 1)[rows]):
+            x = embeds.clone().requires_grad_()
+            states = picked(x)
+            states.square().sum().backward()
+            gradients.append((states.detach(), x.grad))
+    lvlm.decoder.checkpointing = False
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0], **EXACT)
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_prefix_that_is_computed_once_changes_no_state(lvlm, shared):
+    torch.manual_seed(0)
+    embeds = torch.randn(3, 7, lvlm.config.decoder.hidden_size)
+    embeds[:, :shared] = embeds[0, :shared]
+    with torch.no_grad():
+        prefix = Prefix(lvlm.decoder, embeds[:1, :shared])
+        for rows in (slice(0, 3), slice(1, 3)):  # one prefix serves batches of any size
+            rest = lvlm.decoder(embeds[rows, shared:], prefix, torch.arange(shared, 7)[None])
+            torch.testing.assert_close(rest, lvlm.decoder(embeds[rows])[:, shared:], **EXACT)
 
 
 # ------------------------------------------------------------------------------------------------------ generation
