@@ -11,6 +11,7 @@ grid, with short and long captions, questions, hard negatives after SugarCrepe a
 Not here: prompts and templates (vladva.py), reading of public datasets.
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -344,6 +345,69 @@ class Scenes:
         return scene_row(self.seed, index, self.size) | {"where": f"scene {index}"}
 
 
+TRIPLE_COLUMNS = ("sent0", "sent1", "hard_neg")
+TEXT_ROW = {"image": None, "short": None, "long": None}  # what a row without a picture says of one
+
+
+class SceneTriples:
+    """Rows for text-only training, from the grammar of the scenes: a caption, a paraphrase and a hard negative of a random category."""
+
+    together = 1
+
+    def __init__(self, seed, count):
+        self.seed, self.count = seed, count
+
+    def __len__(self):
+        return self.count
+
+    def row(self, index, rng):
+        category = random.Random(f"category {self.seed} {index}").choice(sorted(CATEGORIES))
+        return TEXT_ROW | {"triple": caption_triple(self.seed, index, category)[1], "where": f"triple {index}"}
+
+
+class Triples:
+    """Rows for text-only training from a CSV file with the columns sent0, sent1, hard_neg, as E5-V's NLI data."""
+
+    together = 1
+
+    def __init__(self, path, tokenizer):
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} not found: --text-data wants scenes, or a CSV file with the columns {', '.join(TRIPLE_COLUMNS)}")
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not set(TRIPLE_COLUMNS) <= set(reader.fieldnames or ()):
+                raise ValueError(f"{path}: the first line is {reader.fieldnames}; wanted the columns {', '.join(TRIPLE_COLUMNS)}")
+            self.rows = []
+            for row in reader:
+                try:
+                    self.rows.append((tuple(tokenizer.checked(row[name]) for name in TRIPLE_COLUMNS), f"{path}:{reader.line_num}"))
+                except ValueError as error:
+                    raise BadRow(f"{path}:{reader.line_num}: {error}") from None
+        if len(self.rows) < 2:
+            raise ValueError(f"{path}: {len(self.rows)} rows; at least 2 are needed")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def row(self, index, rng):
+        triple, where = self.rows[index]
+        return TEXT_ROW | {"triple": triple, "where": where}
+
+
+class Joined:
+    """Rows of pairs, each with a triple of texts beside it."""
+
+    def __init__(self, pairs, triples):
+        self.pairs, self.triples, self.together, self.bad = pairs, triples, pairs.together, getattr(pairs, "bad", [])
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def row(self, index, rng):
+        return self.pairs.row(index, rng) | {"triple": self.triples.row(index % len(self.triples), rng)["triple"]}
+
+
 # ------------------------------------------------------------------------------------------------------ the scenes
 
 COLOURS = {"red": (214, 39, 40), "green": (34, 150, 62), "blue": (38, 86, 222), "yellow": (247, 220, 50),
@@ -614,17 +678,41 @@ def edit(caption, category, rng):
     return dataclasses.replace(caption, mentions=tuple(mentions))
 
 
-def hard_negative(seed, index, category):
-    """(scene, true caption, false caption) as strings and a Scene: the item that (seed, index, category) decides."""
+def edited_caption(seed, index, category):
+    """(scene, true Caption, false Caption): the item that (seed, index, category) decides."""
     scene, rng = make_scene(seed, index), random.Random(f"negative {seed} {index} {category}")
     while True:
         caption = short_caption(scene, rng, STYLE_OF.get(category), mentions=2 if category == "add_obj" else None)
         negative = edit(caption, category, rng)
         kinds = [thing.kind for thing, _ in negative.mentions] if negative else []
         if negative and str(negative) != str(caption) and len(set(kinds)) == len(kinds) and not is_true(negative, scene):
-            return scene, str(caption), str(negative)
+            return scene, caption, negative
         if category == "swap_att" and len({thing.colour for thing in scene.things}) == 1:  # nothing to swap in a scene of one colour
             scene = make_scene(seed, f"{index} again {rng.random()}")
+
+
+def hard_negative(seed, index, category):
+    """(scene, true caption, false caption), after SugarCrepe."""
+    scene, true, false = edited_caption(seed, index, category)
+    return scene, str(true), str(false)
+
+
+def paraphrase(caption, rng):
+    """The same content in another order: "A left of B" becomes "B right of A"; lists are shuffled."""
+    mentions = list(caption.mentions)
+    if caption.relation:
+        mentions[:2] = mentions[1::-1]
+        return dataclasses.replace(caption, opening=rng.choice(OPENINGS), mentions=tuple(mentions), relation=OPPOSITE[caption.relation])
+    rng.shuffle(mentions)
+    return dataclasses.replace(caption, opening=rng.choice(OPENINGS), mentions=tuple(mentions))
+
+
+def caption_triple(seed, index, category):
+    """(scene, (true caption, the same in other words, false caption)), after SugarCrepe++; the first and the last are hard_negative's."""
+    scene, true, false = edited_caption(seed, index, category)
+    rng = random.Random(f"paraphrase {seed} {index} {category}")
+    same = next(words for words in (paraphrase(true, rng) for _ in iter(int, 1)) if str(words) != str(true))
+    return scene, (str(true), str(same), str(false))
 
 
 WINOGROUND_KINDS = ("colour", "relation", "position")

@@ -23,7 +23,7 @@ import data
 from vladva import add_model_flags, command, encode_over_ranks, format_table, load_model, ranks, say, similarity
 
 DEV_SEED, TEST_SEED = 1000, 2000  # settings are chosen on the scenes of DEV_SEED, results are reported on those of TEST_SEED
-CHANCE = {"negatives": 50.0, "text": 25.0, "image": 25.0, "group": 100 / 6}  # percent
+CHANCE = {"negatives": 50.0, "ITT": 100 / 3, "TOT": 100 / 3, "text": 25.0, "image": 25.0, "group": 100 / 6}  # percent
 
 # ------------------------------------------------------------------------------------------------------ metrics, in percent
 
@@ -53,6 +53,15 @@ def negative_accuracy(positive, negative):
     return 100 * (positive > negative).double().mean().item()
 
 
+def paraphrase_accuracy(image, texts):
+    """SugarCrepe++: of two true captions P1, P2 and a false one N, strictly. image: (items, 3), s(I, .); texts: (items, 3), s(P1, P2), s(P1, N), s(P2, N).
+
+    ITT: the picture is nearer to both true captions than to N. TOT: the true captions are nearer to each other than either is to N.
+    """
+    hits = {"ITT": (image[:, :2] > image[:, 2:]).all(1), "TOT": (texts[:, :1] > texts[:, 1:]).all(1)}
+    return {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
+
+
 def winoground_scores(sims):
     """Text, image and group score (Winoground). sims: (items, 2, 2), [n, i, c] = similarity of image i and caption c of item n."""
     text = (sims[:, 0, 0] > sims[:, 0, 1]) & (sims[:, 1, 1] > sims[:, 1, 0])
@@ -71,7 +80,7 @@ class Benchmark:
     scenes: list  # rendered when they are encoded
     texts: list
     gallery: int  # the first so many scenes and texts are one retrieval gallery, text i describing scene i
-    negatives: dict  # {category: [(scene, true text, false text), ...]}
+    negatives: dict  # {category: [(scene, true text, the same in other words, false text), ...]}
     pairs: dict  # {kind: [((scene, scene), (text, text)), ...]}
     ceiling: dict  # best R@1 that captions which fit several scenes allow
 
@@ -101,8 +110,8 @@ def scene_benchmark(seed, gallery=1000, items=500):
         texts.items.append(str(captions[-1]))
     negatives, pairs = {}, {}
     for category in data.CATEGORIES:
-        drawn = (data.hard_negative(seed, i, category) for i in range(items))
-        negatives[category] = [(scenes.index(scene), texts.index(true), texts.index(false)) for scene, true, false in drawn]
+        drawn = (data.caption_triple(seed, i, category) for i in range(items))
+        negatives[category] = [(scenes.index(scene), *map(texts.index, triple)) for scene, triple in drawn]
     for kind in data.WINOGROUND_KINDS:
         drawn = (data.scene_pair(seed, i, kind) for i in range(items))
         pairs[kind] = [(tuple(map(scenes.index, two)), tuple(map(texts.index, words))) for two, words in drawn]
@@ -128,12 +137,18 @@ def score(benchmark, image_emb, text_emb):
     """Every metric of the benchmark, in percent, as a dictionary that --json writes."""
     sim = similarity(image_emb, text_emb)
     results = dict(benchmark.about, retrieval=recall_at(sim[: benchmark.gallery, : benchmark.gallery], torch.arange(benchmark.gallery)))
-    results["negatives"] = {}
+    results["negatives"], results["paraphrases"] = {}, {}
     for category, items in benchmark.negatives.items():
-        scene, true, false = torch.tensor(items).T
+        scene, true, same, false = torch.tensor(items).T
         results["negatives"][category] = negative_accuracy(sim[scene, true], sim[scene, false])
+        between = [(text_emb[a] * text_emb[b]).sum(1) for a, b in ((true, same), (true, false), (same, false))]
+        results["paraphrases"][category] = paraphrase_accuracy(sim[scene[:, None], torch.stack([true, same, false], 1)], torch.stack(between, 1))
     by_group = {group: [c for c in benchmark.negatives if data.CATEGORIES[c] == group] for group in ("Replace", "Swap", "Add")}
-    results["groups"] = {group: sum(results["negatives"][c] for c in members) / len(members) for group, members in by_group.items()}
+    mean = lambda values: sum(values) / len(values)
+    results["groups"] = {group: mean([results["negatives"][c] for c in members]) for group, members in by_group.items()}
+    results["paraphrase_groups"] = {
+        group: {name: mean([results["paraphrases"][c][name] for c in members]) for name in ("ITT", "TOT")} for group, members in by_group.items()
+    }
     results["winoground"] = {}
     for kind, items in benchmark.pairs.items():
         scenes, texts = (torch.tensor(part) for part in zip(*items))  # (items, 2) each
@@ -152,6 +167,8 @@ def score_rows(results):
         members = [c for c in results["negatives"] if data.CATEGORIES[c] == group]
         rows += [(c.replace("_", " "), CHANCE["negatives"], None, results["negatives"][c]) for c in members]
         rows.append((f"{group}, mean", CHANCE["negatives"], None, results["groups"][group]))
+    for group, scores in results.get("paraphrase_groups", {}).items():
+        rows += [(f"{group}, with a paraphrase: {name}", CHANCE[name], None, scores[name]) for name in ("ITT", "TOT")]
     for kind, scores in results.get("winoground", {}).items():
         rows += [(f"pairs, {kind} exchanged: {name}", CHANCE[name], None, value) for name, value in scores.items()]
     return rows

@@ -39,6 +39,7 @@ import data
 import eval as benchmarks
 from model import open_shard, read_json, write_json, write_tensors
 from vladva import (
+    E5V,
     ChunkedCrossEntropy,
     Outputs,
     Settings,
@@ -65,6 +66,7 @@ class TrainConfig:
 
     model: str = "tiny"  # or llava-1.5-7b, llava-1.5-13b, a folder, a hub id
     data: str = "scenes"  # rendered; or a file of JSON lines
+    text_data: str = "scenes"  # triples for the text-text loss, from the scenes' grammar; or a CSV file: sent0, sent1, hard_neg
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
     batch: int | None = None  # pairs a step, over all devices; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
@@ -107,6 +109,7 @@ def train(config, settings, resume=False):
     if 4 * sum(p.nbytes for p in model.parameters()) > free_bytes(device):
         return_freed_memory()
     rows, held_out = open_data(config, model)
+    rows = with_triples(rows, config, model)
     config = resolve(config, model, rows)
     out = start_run(config, settings, rows, resume)
     before = held_out.measure(model)
@@ -169,23 +172,34 @@ def backward(model, parts, grad_cache):
     device = model.lvlm.device
     with torch.set_grad_enabled(not grad_cache):  # 1. embed all parts, without a graph if they are to be run again
         first = [model.outputs((part.prompts() if grad_cache else part).to(device)) for part in parts]
-    image_emb, text_emb = (torch.cat([getattr(o, name).detach() for o in first]).requires_grad_() for name in ("image_emb", "text_emb"))
-    contrastive, _ = model.losses(Outputs(with_other_ranks(image_emb), with_other_ranks(text_emb), None), ())  # 2. Eq. 1, and its gradient
+    contrastive, grads = contrastive_gradients(model, first)  # 2. Eq. 1
     tokens = total_tokens(parts, device)
-    if contrastive.requires_grad:
-        contrastive.backward()
-    elif not (tokens and model.settings.next_token_weight):
-        raise ValueError("a batch has nothing to learn from: it needs 2 short captions, or a long one with --next-token-weight above 0")
-    image_grads, text_grads = (torch.zeros_like(emb) if emb.grad is None else emb.grad for emb in (image_emb, text_emb))
-    row, next_token = 0, torch.zeros_like(contrastive.detach())
+    if not (contrastive.requires_grad or (tokens and model.settings.next_token_weight)):
+        raise ValueError("a batch has nothing to learn from: it needs 2 short captions, a triple, or a long one with --next-token-weight above 0")
+    next_token = torch.zeros_like(contrastive.detach())
     for part, out in zip(parts, first):  # 3. each part with its graph: that gradient goes back together with Eq. 2's
-        out, rows = model.outputs(part.to(device)) if grad_cache else out, slice(row, row + len(part.with_short))
-        _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0]), part.images.targets.to(device), tokens)
-        pull = (out.image_emb * image_grads[rows]).sum() + (out.text_emb * text_grads[rows]).sum()
+        out = model.outputs(part.to(device)) if grad_cache else out
+        _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0], triple_emb=out.triple_emb[:0]), part.targets.to(device), tokens)
+        pull = 0.0
+        for name in EMBEDDINGS:
+            own = getattr(out, name)
+            pull, grads[name] = pull + (own * grads[name][: len(own)]).sum(), grads[name][len(own) :]
         model.overall_loss(pull, share).backward()
-        row, next_token = rows.stop, next_token + share.detach()
+        next_token = next_token + share.detach()
     sum_gradients(model)
     return contrastive.detach(), sum_over_ranks(next_token)
+
+
+EMBEDDINGS = ("image_emb", "text_emb", "triple_emb")  # of Outputs, in its order
+
+
+def contrastive_gradients(model, outputs):
+    """(loss, {embedding: its gradient}): the contrastive term on all embeddings of all processes, and what it asks of those of this one."""
+    emb = {name: torch.cat([getattr(out, name).detach() for out in outputs]).requires_grad_() for name in EMBEDDINGS}
+    loss, _ = model.losses(Outputs(*map(with_other_ranks, emb.values()), None), ())
+    if loss.requires_grad:
+        loss.backward()
+    return loss, {name: torch.zeros_like(every) if every.grad is None else every.grad for name, every in emb.items()}
 
 
 def with_other_ranks(emb):
@@ -196,7 +210,7 @@ def with_other_ranks(emb):
 
 def total_tokens(parts, device):
     """Caption tokens of the batch over all processes."""
-    own = sum(len(part.images.targets) for part in parts)
+    own = sum(len(part.targets) for part in parts)
     return own if ranks()[1] == 1 else int(sum_over_ranks(torch.tensor(own, device=device)))
 
 
@@ -368,7 +382,7 @@ class Metrics:
         return self
 
     def write(self, step, measured, lr, seconds, parts, flops, peak):
-        images, tokens = sum(len(part.pixels) for part in parts), token_count(parts)
+        images, tokens = pictures(parts), token_count(parts)
         speed = {
             "step_s": seconds,
             "images_per_s": images / seconds,
@@ -517,6 +531,14 @@ def open_data(config, model):
     return pairs, HeldOutRows(chosen)
 
 
+def with_triples(rows, config, model):
+    """The rows that the loss needs: pairs, triples of texts, or pairs with triples."""
+    if model.settings.loss == "vladva":
+        return rows
+    triples = data.SceneTriples(config.seed, config.scenes) if config.text_data == "scenes" else data.Triples(config.text_data, model.tokenizer)
+    return triples if model.settings.loss == "text-text" else data.Joined(rows, triples)
+
+
 def resolve(config, model, rows):
     """Fill in what the config leaves to the run, and refuse what cannot be honoured."""
     batch = config.batch if config.batch is not None else min(64, len(rows))
@@ -529,13 +551,13 @@ def resolve(config, model, rows):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed")
     cuda = model.lvlm.device.type == "cuda"
     checkpointing = cuda if config.checkpointing is None else config.checkpointing
-    share, fitting = -(-batch // ranks()[1]), fitting_micro_batch(model, checkpointing)
+    share, fitting = -(-batch // ranks()[1]), config.micro_batch or fitting_micro_batch(model, checkpointing)
     return dataclasses.replace(
         config,
         dtype=str(model.lvlm.dtype).removeprefix("torch."),
         checkpointing=checkpointing,
         micro_batch=min(share, config.micro_batch or min(fitting, BUCKET)),
-        grad_cache=(config.micro_batch or fitting) < share if config.grad_cache is None else config.grad_cache,
+        grad_cache=fitting < share if config.grad_cache is None else config.grad_cache,
         out=config.out or str(Path("runs") / Path(config.model).name),
         batch=batch,
         lr=lr,
@@ -547,8 +569,9 @@ def resolve(config, model, rows):
 
 
 def fitting_micro_batch(model, checkpointing):
-    """The most pairs whose activations fit into 0.6 of the memory that is free now, with captions of 500 tokens (the paper's longest)."""
-    tokens = len(model.image_sequence().ids) + len(model.text_sequence("a").ids) + 500
+    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions of 30 and 500 tokens (the paper's longest)."""
+    texts = {"vladva": 1, "text-text": 3, "vladva+text-text": 4}[model.settings.loss]
+    tokens = len(model.image_sequence().ids) + 500 + texts * (len(model.text_sequence("a").ids) + 30)
     row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize)
     return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
 
@@ -600,12 +623,17 @@ def announce(config, settings, model, rows):
     trained = sum(p.numel() for _, p in model.trained())
     every = sum(p.numel() for p in model.parameters())
     say(f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows to train on")
-    say("  ".join(f"{name}={value}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
+    say("  ".join(f"{name}={value!r}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
 
 
 def token_count(parts):
     """Tokens of this process's share of a batch, padding included."""
-    return sum(part.images.ids.numel() + (part.texts.ids.numel() if part.texts else 0) for part in parts)
+    return sum(batch.ids.numel() for part in parts for batch in part.batches)
+
+
+def pictures(parts):
+    """Pictures of this process's share of a batch."""
+    return sum(len(part.pixels) for part in parts if part.pixels is not None)
 
 
 def hidden_bar():
@@ -628,7 +656,7 @@ def step_flops(model, parts, config):
     seen = sum(p.numel() for block in lvlm.vision.layers[: lvlm.vision.num_blocks] for p in block.parameters())
     seen += sum(p.numel() for p in (*lvlm.projector.parameters(), lvlm.vision.patch_embedding.weight))
     for part in parts:
-        whole, first = ([b for b in (p.images, p.texts) if b] for p in (part, part.prompts()))
+        whole, first = part.batches, part.prompts().batches
         forwards = whole * (1 + config.checkpointing) + first * config.grad_cache
         for batch, low_rank, causal in [(b, 2, 2) for b in forwards] + [(b, 4, 4) for b in whole]:
             for tokens, w, ab in zip((batch.ids.numel(), len(batch.states)), frozen, factors):
@@ -636,8 +664,8 @@ def step_flops(model, parts, config):
             attention += (
                 causal * batch.ids.numel() * batch.ids.shape[1] * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
             )
-        products += 4 * len(part.images.targets) * decoder.vocab_size * decoder.hidden_size
-        products += (1 + config.grad_cache) * len(part.pixels) * 2 * seen * lvlm.config.num_image_tokens
+        products += 4 * len(part.targets) * decoder.vocab_size * decoder.hidden_size
+        products += (1 + config.grad_cache) * pictures([part]) * 2 * seen * lvlm.config.num_image_tokens
     return products, attention
 
 
@@ -654,7 +682,7 @@ def step_bytes(model, parts, config):
         "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         "adapter": 4 * sum(p.nbytes for _, p in model.trained()),
         "activations": max(each) if config.grad_cache else sum(each),
-        "logits": 2 * 4 * decoder.vocab_size * min(ChunkedCrossEntropy.CHUNK, max(len(part.images.targets) for part in parts)),
+        "logits": 2 * 4 * decoder.vocab_size * min(ChunkedCrossEntropy.CHUNK, max(len(part.targets) for part in parts)),
     }
 
 
@@ -789,6 +817,8 @@ def main(argv=None):
     resume, drawn = given.pop("resume"), given.pop("plot")
     if drawn:
         return plot(drawn)
+    if given.get("loss") == "text-text" and not resume:
+        given = E5V | given
     pick = lambda cls: cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
     config, settings = stored_run(given) if resume else (pick(TrainConfig), pick(Settings))
     return train(config, settings, resume)

@@ -40,8 +40,11 @@ import model as lvlm_module
 class Settings:
     """What the method needs to know; stored in every adapter file."""
 
+    loss: str = "vladva"  # or "text-text" (E5-V's, on texts alone), or "vladva+text-text" (their sum: the paper's future work)
     image_prompt: str = "Summarize the provided image in one word:"  # paper Sec. 5.1
     text_prompt: str = "Summarize the provided text in one word:"  # paper Sec. 5.1
+    image_template: str = "USER: {prompt} <image>\nASSISTANT:"  # paper Sec. 3.2.3; <image> stands for N image tokens
+    text_template: str = "USER: {prompt} {caption}\nASSISTANT:"  # paper Sec. 3.2.3
     detail_prompt: str = "Describe the image in detail."  # paper Sec. 3.2.3
     soft_prompts: bool = True  # paper Sec. 3.3
     lora: bool = True  # paper Sec. 3.3
@@ -53,6 +56,11 @@ class Settings:
     image_mode: str = "crop"  # ours: "crop" as llava-hf's processor does, "pad" as the original LLaVA
 
     def __post_init__(self):
+        if self.loss not in ("vladva", "text-text", "vladva+text-text"):
+            raise ValueError(f"loss is {self.loss!r}: vladva, text-text or vladva+text-text")
+        for name, parts in (("image_template", ("{prompt}", "<image>")), ("text_template", ("{prompt}", "{caption}"))):
+            if any(getattr(self, name).count(part) != 1 for part in parts):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: wanted {' and '.join(parts)} in it, once each")
         if not 0.01 <= self.temperature <= 1:
             raise ValueError(f"temperature is {self.temperature}: wanted .01 to 1")
         if self.rank < 1:
@@ -63,9 +71,9 @@ class Settings:
             raise ValueError("neither LoRA nor soft prompts: there would be nothing to train")
 
 
-# Sec. 3.2.3; "{...}" is filled in, "<image>" stands for N image tokens. The line break before ASSISTANT: is the paper's print.
-IMAGE_TEMPLATE = "USER: {prompt} <image>\nASSISTANT:"
-TEXT_TEMPLATE = "USER: {prompt} {caption}\nASSISTANT:"
+# E5-V's prompts (arXiv 2407.12580), in the form LLaVA-1.5 takes; its authors published none for LLaVA-1.5
+E5V = {"image_prompt": "Summary above image in one word:", "text_prompt": "Summary above sentence in one word:",
+       "image_template": "USER: <image>\n{prompt} ASSISTANT:", "text_template": "USER: {caption}\n{prompt} ASSISTANT:", "soft_prompts": False}  # fmt: skip
 DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT:"  # then a blank, the long caption and </s>
 GENERATE_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
 
@@ -117,6 +125,16 @@ def contrastive_loss(image_emb, text_emb, temperature):
     sim = similarity(image_emb, text_emb) / temperature  # (B, B)
     pairs = torch.arange(len(sim), device=sim.device)
     return F.cross_entropy(sim, pairs) + F.cross_entropy(sim.T, pairs)
+
+
+def text_text_loss(triples, temperature):
+    """E5-V's loss (arXiv 2407.12580), the paper's rival: each sentence among all paraphrases and all hard negatives, one way.
+
+    triples: (B, 3, D), L2-normalised: sentence, paraphrase, hard negative. Returns a 0-d loss in nats; log 2 B when all coincide.
+    """
+    sentence, paraphrase, negative = triples.unbind(1)
+    sim = similarity(sentence, torch.cat([paraphrase, negative])) / temperature  # (B, 2 B)
+    return F.cross_entropy(sim, torch.arange(len(sim), device=sim.device))
 
 
 def next_token_loss(hidden, targets, head_weight, total=None):
@@ -221,27 +239,40 @@ def collate(sequences, pad_id):
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Rows of pairs, tokenised: every picture with its long caption if it has one, every short caption with the row of its picture."""
+    """Rows, tokenised: every picture with its long caption if it has one, every short caption with the row of its picture, triples of texts."""
 
-    pixels: torch.Tensor  # (B, 3, height, width)
-    images: Batch  # B rows
+    pixels: torch.Tensor | None  # (B, 3, height, width)
+    images: Batch | None  # B rows
     texts: Batch | None  # as many rows as there are short captions
     with_short: torch.Tensor  # row in `images` of each row of `texts`
+    triples: Batch | None = None  # 3 rows a triple: sentence, paraphrase, hard negative
+
+    @property
+    def batches(self):
+        """The parts that there are."""
+        return [batch for batch in (self.images, self.texts, self.triples) if batch]
+
+    @property
+    def targets(self):
+        """(M,) every token of the long captions."""
+        return self.images.targets if self.images else self.with_short[:0]
 
     def to(self, device):
-        return TrainingBatch(self.pixels.to(device), self.images.to(device), self.texts and self.texts.to(device), self.with_short.to(device))
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return TrainingBatch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
 
     def prompts(self):
         """The same rows without their long captions."""
-        return dataclasses.replace(self, images=self.images.prompts())
+        return dataclasses.replace(self, images=self.images and self.images.prompts())
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the losses need of a forward: the embeddings of the rows with a short caption, and the states that predict caption tokens."""
+    """What the losses need of a forward: embeddings, and the states that predict caption tokens."""
 
-    image_emb: torch.Tensor  # (S, D), L2-normalised
+    image_emb: torch.Tensor  # (S, D), L2-normalised, of the rows with a short caption
     text_emb: torch.Tensor  # (S, D), L2-normalised, row i belongs to row i of image_emb
+    triple_emb: torch.Tensor  # (n, 3, D), L2-normalised
     caption_states: torch.Tensor  # (M, D), row m predicts token m of `targets`
 
 
@@ -339,7 +370,9 @@ class VladVA(nn.Module):
     def image_prompts(self):
         """The image template alone, and with the turn that asks for the long caption."""
         turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)
-        return self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt), self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=turn)
+        return self.sequence(self.settings.image_template, self.settings.image_prompt), self.sequence(
+            self.settings.image_template, self.settings.image_prompt, more=turn
+        )
 
     def image_sequence(self, long=None):
         """Template for the image modality; with a long caption, the second turn that Eq. 2 is computed on follows the summary token."""
@@ -347,22 +380,25 @@ class VladVA(nn.Module):
         if long is None:
             return alone
         told = f"{DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)} {self.tokenizer.checked(long)}"
-        whole = self.sequence(IMAGE_TEMPLATE, self.settings.image_prompt, more=told, end=[self.tokenizer.eos_id])
+        whole = self.sequence(self.settings.image_template, self.settings.image_prompt, more=told, end=[self.tokenizer.eos_id])
         assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(alone.ids)] == alone.ids, "a long caption changed the tokens before it"
         return dataclasses.replace(whole, loss_start=len(asked.ids))
 
     def text_sequence(self, caption):
         """Template for the text modality."""
-        return self.sequence(TEXT_TEMPLATE, self.settings.text_prompt, caption=self.tokenizer.checked(caption))
+        return self.sequence(self.settings.text_template, self.settings.text_prompt, caption=self.tokenizer.checked(caption))
 
     def training_batch(self, rows):
-        """Pairs ({"image": PIL picture, "short": str or None, "long": str or None}) -> TrainingBatch on the host."""
-        texts = [(i, self.text_sequence(row["short"])) for i, row in enumerate(rows) if row["short"]]
+        """Rows ({"image": PIL picture or None, "short": str or None, "long": str or None, "triple": 3 texts if any}) -> TrainingBatch on the host."""
+        pictured = [row for row in rows if row["image"] is not None]
+        with_short = [i for i, row in enumerate(pictured) if row["short"]]
+        together = lambda sequences: collate(sequences, self.tokenizer.pad_id) if sequences else None
         return TrainingBatch(
-            pixels=torch.stack([self.image_processor(row["image"]) for row in rows]),
-            images=collate([self.image_sequence(row["long"]) for row in rows], self.tokenizer.pad_id),
-            texts=collate([sequence for _, sequence in texts], self.tokenizer.pad_id) if texts else None,
-            with_short=torch.tensor([i for i, _ in texts], dtype=torch.long),
+            pixels=torch.stack([self.image_processor(row["image"]) for row in pictured]) if pictured else None,
+            images=together([self.image_sequence(row["long"]) for row in pictured]),
+            texts=together([self.text_sequence(pictured[i]["short"]) for i in with_short]),
+            with_short=torch.tensor(with_short, dtype=torch.long),
+            triples=together([self.text_sequence(text) for row in rows for text in row.get("triple", ())]),
         )
 
     # -------------------------------------------------------------------------------------------------- forward
@@ -384,28 +420,34 @@ class VladVA(nn.Module):
         The long caption follows the summary token, which causal attention keeps from seeing it, so both losses share the forward
         (Sec. 3.2.3).
         """
-        hidden = self.lvlm.decoder(self.embeds(batch.images, "image", batch.pixels), rows=batch.images.states)  # (B + M, D)
-        image_emb = summary_embedding(hidden[: len(batch.pixels)])[batch.with_short]
-        text_emb = image_emb
+        nothing = torch.zeros(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+        image_emb, text_emb, triple_emb, caption_states = nothing, nothing, nothing, nothing
+        if batch.images:
+            hidden = self.lvlm.decoder(self.embeds(batch.images, "image", batch.pixels), rows=batch.images.states)  # (B + M, D)
+            image_emb, caption_states = summary_embedding(hidden[: len(batch.pixels)])[batch.with_short], hidden[len(batch.pixels) :]
         if batch.texts:
             text_emb = summary_embedding(self.lvlm.decoder(self.embeds(batch.texts, "text"), rows=batch.texts.states))
-        return Outputs(image_emb, text_emb, hidden[len(batch.pixels) :])
+        if batch.triples:
+            triple_emb = summary_embedding(self.lvlm.decoder(self.embeds(batch.triples, "text"), rows=batch.triples.states))
+        return Outputs(image_emb, text_emb, triple_emb.unflatten(0, (len(triple_emb) // 3, 3)), caption_states)
 
     def losses(self, outputs, targets, total=None):
-        """(contrastive, next-token): Eq. 1 and Eq. 2 of Outputs and the caption tokens; a term that no row can feed is 0.
+        """(contrastive, next-token): Eq. 1, and E5-V's loss if there are triples, and Eq. 2; a term that no row can feed is 0.
 
         total: the caption tokens of the whole batch when the targets are a part of it.
         """
         contrastive = next_token = torch.zeros((), device=outputs.image_emb.device)
         if len(outputs.image_emb) >= 2:
             contrastive = contrastive_loss(outputs.image_emb, outputs.text_emb, self.temperature)
+        if len(outputs.triple_emb):
+            contrastive = contrastive + text_text_loss(outputs.triple_emb, self.temperature)
         if len(targets) and self.settings.next_token_weight:
             next_token = next_token_loss(outputs.caption_states, targets, self.lvlm.head.weight, total)
         return contrastive, next_token
 
     def forward(self, batch):
         """The overall loss of a TrainingBatch (paper Sec. 3.2.3), 0-d."""
-        return self.overall_loss(*self.losses(self.outputs(batch), batch.images.targets))
+        return self.overall_loss(*self.losses(self.outputs(batch), batch.targets))
 
     def overall_loss(self, contrastive, next_token):
         """L = L_con + weight * L_CE of the two terms that `losses` gives."""
@@ -527,7 +569,10 @@ class VladVA(nn.Module):
 
     def merged_prompt(self, modality, tokenizer):
         """The prompt string of a modality for a merged folder's tokenizer; ValueError unless it gives the trained prompt's ids."""
-        template, hand_prompt = {"image": (IMAGE_TEMPLATE, self.settings.image_prompt), "text": (TEXT_TEMPLATE, self.settings.text_prompt)}[modality]
+        template, hand_prompt = {
+            "image": (self.settings.image_template, self.settings.image_prompt),
+            "text": (self.settings.text_template, self.settings.text_prompt),
+        }[modality]
         if modality not in self.soft_prompts:
             return template.replace("{prompt}", hand_prompt)
         names = [name for name, _ in self.prompt_tokens(modality)]

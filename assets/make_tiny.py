@@ -298,7 +298,7 @@ def text_turns(scene, rng, relate):
     answer = {
         "one": lambda: caption_word(caption, rng),
         "few": lambda: data.few_words(told, rng),
-        "brief": lambda: str(paraphrase(caption, rng)),
+        "brief": lambda: str(data.paraphrase(caption, rng)),
         "list": lambda: (
             str(data.short_caption(told, rng, "position", len(told.things))) if relate else ", ".join(" ".join(t.kind) for t in told.things)
         ),
@@ -320,18 +320,6 @@ def caption_word(caption, rng):
     words += [caption.background] if caption.background else []
     words += [caption.relation.split()[0]] * 2 if caption.relation else []
     return rng.choice(words)
-
-
-def paraphrase(caption, rng):
-    """The same content in another order: "A left of B" becomes "B right of A"; lists are shuffled."""
-    mentions = list(caption.mentions)
-    if caption.relation:
-        mentions[:2] = mentions[1::-1]
-        return data.dataclasses.replace(
-            caption, opening=rng.choice(data.OPENINGS), mentions=tuple(mentions), relation=data.OPPOSITE[caption.relation]
-        )
-    rng.shuffle(mentions)
-    return data.dataclasses.replace(caption, opening=rng.choice(data.OPENINGS), mentions=tuple(mentions))
 
 
 class Encoder:

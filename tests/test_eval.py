@@ -54,7 +54,7 @@ def test_scores_of_an_oracle_are_the_ceiling():
     truth = {}
     for i in range(len(bench.scenes)):
         for items in bench.negatives.values():
-            truth |= {(i, t): 1.0 for s, t, _ in items if s == i}
+            truth |= {(i, t): 1.0 for s, *true, _ in items if s == i for t in true}
         for items in bench.pairs.values():
             truth |= {(scenes[k], texts[k]): 1.0 for scenes, texts in items for k in (0, 1)}
     sim = torch.zeros(len(bench.scenes), len(bench.texts))

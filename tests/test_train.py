@@ -437,7 +437,7 @@ def full_size_model(size, folder):
 def test_a_whole_step_of_the_full_size_model_on_the_meta_device(size, tmp_path):
     """No data moves there: no CPU tensor may slip in, and whatever waits for the device (.item(), boolean indexing) raises."""
     model = full_size_model(size, tmp_path)
-    rows = [{"image": None, "short": "a red circle", "long": "there are two objects. " * n} for n in (3, 20)]
+    rows = [{"image": "a picture", "short": "a red circle", "long": "there are two objects. " * n} for n in (3, 20)]
     parts = [model.training_batch(rows[:1]), model.training_batch(rows[1:])]
     model.lvlm.decoder.checkpointing = True
     optimizer = training.make_optimizer(model, TrainConfig(lr=1e-4, soft_prompt_lr=1e-4))
