@@ -334,7 +334,12 @@ def pick(x, rows):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions, no biases."""
+    """Causal grouped-query attention with rotary positions, no biases.
+
+    Training passes no mask, so on CUDA in bfloat16 or float16 scaled_dot_product_attention should take PyTorch's FlashAttention kernel:
+    torch.profiler then shows `flash_fwd` and `flash_bwd` kernels, and inside torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION) a
+    step raises if it cannot. float32 takes the memory-efficient one. Not run on a GPU here.
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -489,9 +489,11 @@ class HeldOutRows:
             return None
         shown, said = [row["image"] for row in self.rows], [row["short"][0] for row in self.rows]
         emb = encode_over_ranks(model.encode_image, shown), encode_over_ranks(model.encode_text, said)
-        sim = similarity(*emb).cpu()
+        image_emb, text_emb = (each.cpu() for each in emb)
         results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.settings.image_mode}
-        return Measured(results | {"retrieval": benchmarks.recall_at(sim, torch.arange(len(self.rows)))}, sim)
+        return Measured(
+            results | {"retrieval": benchmarks.recall_at(image_emb, text_emb, torch.arange(len(self.rows)))}, similarity(image_emb, text_emb)
+        )
 
     def picture(self, index, size):
         return data.pad_to_square(data.open_image(self.rows[index]["image"]), (255, 255, 255)).resize((size, size))

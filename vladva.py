@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import data
 import lora
@@ -73,7 +75,8 @@ class Settings:
 
 # E5-V's prompts (arXiv 2407.12580), in the form LLaVA-1.5 takes; its authors published none for LLaVA-1.5
 E5V = {"image_prompt": "Summary above image in one word:", "text_prompt": "Summary above sentence in one word:",
-       "image_template": "USER: <image>\n{prompt} ASSISTANT:", "text_template": "USER: {caption}\n{prompt} ASSISTANT:", "soft_prompts": False}  # fmt: skip
+       "image_template": "USER: <image>\n{prompt} ASSISTANT:", "text_template": "USER: {caption}\n{prompt} ASSISTANT:",
+       "soft_prompts": False}  # fmt: skip
 DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT:"  # then a blank, the long caption and </s>
 GENERATE_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
 
@@ -353,7 +356,7 @@ class VladVA(nn.Module):
         head = template.format(prompt=prompt, caption=caption)
         encoding = self.tokenizer.encode(head + more)
         ids, offsets = [*encoding.ids, *end], encoding.offsets
-        first_char = template.index("{prompt}")
+        first_char = len(template[: template.index("{prompt}")].format(caption=caption))
         inside = [t for t, (a, b) in enumerate(offsets) if a < first_char + len(prompt) and b > first_char]
         summary = max(t for t, (a, b) in enumerate(offsets) if a < b <= len(head))
         picture = [t for t, token in enumerate(ids) if token == self.tokenizer.image_id]
@@ -454,13 +457,19 @@ class VladVA(nn.Module):
         return contrastive + self.settings.next_token_weight * next_token
 
     @torch.no_grad()
-    def encode_image(self, images, batch_size=64):
-        """PIL pictures or paths -> f_v, (B, D) float32, L2-normalised, on the model's device."""
+    def encode_image(self, images, batch_size=64, workers=0, read=data.open_image):
+        """PIL pictures or paths -> f_v, (B, D) float32, L2-normalised, on the model's device.
+
+        workers: processes that read and preprocess ahead. read: what makes a picture of an item of `images`.
+        """
         sequence, parts = self.image_sequence(), []
-        for start in range(0, len(images), batch_size):
-            pixels = torch.stack([self.image_processor(data.open_image(image)) for image in images[start : start + batch_size]]).to(self.lvlm.device)
+        pixels_of = lambda items: torch.stack([self.image_processor(read(item)) for item in items])
+        ahead = {"multiprocessing_context": "fork"} if workers else {}
+        loader = DataLoader(images, batch_size, collate_fn=pixels_of, num_workers=workers, **ahead)
+        for pixels in tqdm(loader, desc="encoding pictures", leave=False, disable=None if len(loader) > 1 else True):
             batch = collate([sequence] * len(pixels), self.tokenizer.pad_id).to(self.lvlm.device)
-            parts.append(summary_embedding(self.lvlm.decoder(self.embeds(batch, "image", pixels), rows=batch.states)))
+            embeds = self.embeds(batch, "image", pixels.to(self.lvlm.device))
+            parts.append(summary_embedding(self.lvlm.decoder(embeds, rows=batch.states)))
         return torch.cat(parts) if parts else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
 
     @torch.no_grad()
@@ -475,7 +484,8 @@ class VladVA(nn.Module):
         order = sorted(range(len(texts)), key=lambda i: len(sequences[i].ids))
         out, prefix = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=self.lvlm.device), None
         shared = len(os.path.commonprefix([s.ids[: s.summary] for s in sequences]))
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="encoding texts", leave=False, disable=None if len(starts) > 1 else True):
             chosen = order[start : start + batch_size]
             batch = collate([sequences[i] for i in chosen], self.tokenizer.pad_id).to(self.lvlm.device)
             embeds, width = self.embeds(batch, "text"), batch.ids.shape[1]

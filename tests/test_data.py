@@ -285,6 +285,16 @@ def test_hard_negatives_are_false_and_differ_by_one_edit(category):
             assert gained > 0
 
 
+@pytest.mark.parametrize("category", data.CATEGORIES)
+def test_triples_hold_two_true_captions_and_a_false_one(category):
+    """After SugarCrepe++; the first and the last are hard_negative's."""
+    for i in range(100):
+        scene, (true, same, false) = data.caption_triple(0, i, category)
+        assert (scene, true, false) == data.hard_negative(0, i, category)
+        assert same != true and reads(same, scene) and not reads(false, scene)
+        assert {word for word in same.split() if word in data.COLOURS} == {word for word in true.split() if word in data.COLOURS}
+
+
 @pytest.mark.parametrize("kind", data.WINOGROUND_KINDS)
 def test_scene_pairs_use_the_same_words_and_each_caption_fits_one_scene(kind):
     for i in range(100):

@@ -74,6 +74,56 @@ def test_gradients_in_micro_batches_equal_those_in_one_piece(random_folder, scen
             assert (found[name] - gradient).abs().max() < 1e-9, (micro_batch, name)
 
 
+@pytest.mark.parametrize("loss", ["text-text", "vladva+text-text"])
+def test_gradients_with_triples_equal_the_definition(random_folder, scene_rows, loss):
+    """E5-V's loss alone and beside the paper's two, through gradient caching in micro-batches that mix rows with and without a triple."""
+    model = shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4, learn_temperature=True, loss=loss))).double()
+    rows = [dict(row, triple=data.caption_triple(5, i, "swap_att")[1]) for i, row in enumerate(scene_rows)]
+    rows[1].pop("triple")
+    rows = rows if "vladva" in loss else [row | data.TEXT_ROW for row in rows if "triple" in row]
+    model.zero_grad()
+    whole = model(model.training_batch(rows))
+    whole.backward()
+    wanted = {name: p.grad.clone() for name, p in model.trained() if p.grad is not None}
+    assert len(wanted) > 20 and "soft_prompts.text" in wanted
+    for grad_cache in (True, False):
+        model.zero_grad()
+        losses = training.backward(model, [model.training_batch(rows[i : i + 3]) for i in range(0, len(rows), 3)], grad_cache)
+        assert model.overall_loss(*losses).item() == pytest.approx(whole.item(), abs=1e-9)
+        for name, gradient in wanted.items():
+            assert (dict(model.named_parameters())[name].grad - gradient).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize("loss", ["text-text", "vladva+text-text"])
+def test_the_rival_trains_from_the_command_line(random_folder, tmp_path, loss):
+    """On a CSV file as E5-V's, with E5-V's prompts when it is alone; on the scenes' grammar without one."""
+    file = tmp_path / "nli.csv"
+    file.write_text("sent0,sent1,hard_neg\n" + "".join(f'"{i} red circles, large","circles {i}","{i} blue circles"\n' for i in range(9)))
+    for number, source in enumerate((str(file), "scenes")):
+        out = tmp_path / f"run{number}"
+        run(random_folder, out, *FEW, "--loss", loss, "--text-data", source)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) == 6 and all(line["contrastive"] > 0 for line in lines)
+        settings = json.loads((out / "config.json").read_text())["settings"]
+        assert settings["loss"] == loss and settings["text_prompt"].startswith("Summary above" if loss == "text-text" else "Summarize")
+        assert (lines[0]["next_token"] == 0) == (loss == "text-text")
+
+
+HEADER = "sent0,sent1,hard_neg"
+
+
+@pytest.mark.parametrize("text, message", [(None, "not found"), ("a,b\nx,y\n", f"wanted the columns {HEADER.replace(',', ', ')}"),
+                                           (f"{HEADER}\na,b,c\na,,c\n", "csv:3: empty text"), (f"{HEADER}\na,b,c\n", "1 rows")])  # fmt: skip
+def test_triples_that_cannot_be_read_are_named(random_folder, tmp_path, capsys, text, message):
+    file = tmp_path / "nli.csv"
+    if text:
+        file.write_text(text)
+    with pytest.raises(SystemExit):
+        training.main(["--model", str(random_folder), "--loss", "text-text", "--text-data", str(file), "--out", str(tmp_path / "run"), *FEW])
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_checkpointing_and_micro_batches_together_change_no_gradient(random_folder, scene_rows):
     model = shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4))).double()
     plain, _ = gradients(model, scene_rows, 3, grad_cache=True)

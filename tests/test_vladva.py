@@ -49,6 +49,42 @@ def test_contrastive_loss_refuses_unequal_or_single_rows(a, b):
         vladva.contrastive_loss(torch.ones(a), torch.ones(b), 1.0)
 
 
+# ------------------------------------------------------------------------------------------------------ E5-V's loss
+
+
+def test_text_text_loss_against_a_loop_and_closed_forms():
+    """Each sentence among all paraphrases and all hard negatives, one way; log 2 B when all coincide, 0 when all are apart."""
+    torch.manual_seed(0)
+    triples = F.normalize(torch.randn(4, 3, 8, dtype=torch.float64), dim=-1)
+    others = [*triples[:, 1], *triples[:, 2]]
+    scores = [[math.exp((triples[i, 0] @ other).item() / 0.2) for other in others] for i in range(4)]
+    naive = -sum(math.log(row[i] / sum(row)) for i, row in enumerate(scores)) / 4
+    assert vladva.text_text_loss(triples, 0.2).item() == pytest.approx(naive, rel=1e-9)
+    assert vladva.text_text_loss(F.normalize(torch.ones(5, 3, 4), dim=-1), 0.05).item() == pytest.approx(math.log(10), rel=1e-6)
+    apart = torch.eye(4)[:2, None].expand(2, 3, 4).clone()
+    apart[:, 2] = torch.eye(4)[2:]
+    assert vladva.text_text_loss(apart, 0.01).item() < 1e-9
+
+
+@pytest.mark.parametrize("settings", [{"loss": "clip"}, {"text_template": "no caption {prompt}"}, {"image_template": "{prompt} {prompt} <image>"}])
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Settings(**settings)
+
+
+@pytest.mark.parametrize("settings", [vladva.E5V, {"text_template": "{caption} {prompt}", "image_template": "<image> {prompt}"}])
+def test_templates_of_any_order_embed_at_their_last_token(random_folder, scene_rows, settings):
+    """E5-V's stand with the prompt behind; soft prompts still take the hand prompt's place, and change nothing at first."""
+    model = VladVA.from_pretrained(random_folder, settings=Settings(**{**settings, "soft_prompts": True}))
+    sequence = model.text_sequence("a red circle")
+    assert sequence.summary == len(sequence.ids) - 1
+    span = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
+    assert model.tokenizer.decode(span).strip() == model.settings.text_prompt
+    before = model.encode_text(["a red circle", "two"]), model.encode_image([scene_rows[0]["image"]])
+    model.attach()
+    torch.testing.assert_close((model.encode_text(["a red circle", "two"]), model.encode_image([scene_rows[0]["image"]])), before, **ROUNDING)
+
+
 # ------------------------------------------------------------------------------------------------------ Eq. 2
 
 
