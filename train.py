@@ -537,6 +537,8 @@ def with_triples(rows, config, model):
     """The rows that the loss needs: pairs, triples of texts, or pairs with triples."""
     if model.settings.loss == "vladva":
         return rows
+    if config.text_data == "scenes" and config.data != "scenes":
+        raise ValueError(f"--loss {model.settings.loss} beside --data {config.data}: name your texts too, --text-data FILE.csv (sent0, sent1, hard_neg)")
     triples = data.SceneTriples(config.seed, config.scenes) if config.text_data == "scenes" else data.Triples(config.text_data, model.tokenizer)
     return triples if model.settings.loss == "text-text" else data.Joined(rows, triples)
 

@@ -373,9 +373,12 @@ class VladVA(nn.Module):
     def image_prompts(self):
         """The image template alone, and with the turn that asks for the long caption."""
         turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)
-        return self.sequence(self.settings.image_template, self.settings.image_prompt), self.sequence(
-            self.settings.image_template, self.settings.image_prompt, more=turn
-        )
+        return self.sequence(*self.templates["image"]), self.sequence(*self.templates["image"], more=turn)
+
+    @property
+    def templates(self):
+        """{modality: (template, hand prompt)}."""
+        return {modality: tuple(getattr(self.settings, f"{modality}_{part}") for part in ("template", "prompt")) for modality in ("image", "text")}
 
     def image_sequence(self, long=None):
         """Template for the image modality; with a long caption, the second turn that Eq. 2 is computed on follows the summary token."""
@@ -383,13 +386,13 @@ class VladVA(nn.Module):
         if long is None:
             return alone
         told = f"{DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)} {self.tokenizer.checked(long)}"
-        whole = self.sequence(self.settings.image_template, self.settings.image_prompt, more=told, end=[self.tokenizer.eos_id])
+        whole = self.sequence(*self.templates["image"], more=told, end=[self.tokenizer.eos_id])
         assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(alone.ids)] == alone.ids, "a long caption changed the tokens before it"
         return dataclasses.replace(whole, loss_start=len(asked.ids))
 
     def text_sequence(self, caption):
         """Template for the text modality."""
-        return self.sequence(self.settings.text_template, self.settings.text_prompt, caption=self.tokenizer.checked(caption))
+        return self.sequence(*self.templates["text"], caption=self.tokenizer.checked(caption))
 
     def training_batch(self, rows):
         """Rows ({"image": PIL picture or None, "short": str or None, "long": str or None, "triple": 3 texts if any}) -> TrainingBatch on the host."""
@@ -579,10 +582,7 @@ class VladVA(nn.Module):
 
     def merged_prompt(self, modality, tokenizer):
         """The prompt string of a modality for a merged folder's tokenizer; ValueError unless it gives the trained prompt's ids."""
-        template, hand_prompt = {
-            "image": (self.settings.image_template, self.settings.image_prompt),
-            "text": (self.settings.text_template, self.settings.text_prompt),
-        }[modality]
+        template, hand_prompt = self.templates[modality]
         if modality not in self.soft_prompts:
             return template.replace("{prompt}", hand_prompt)
         names = [name for name, _ in self.prompt_tokens(modality)]

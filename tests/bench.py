@@ -1,6 +1,7 @@
 """Our training step and our encoders against transformers + peft doing the same. By hand, where these are installed; pytest does not collect it.
 
     python tests/bench.py [--dtype float32] [--micro-batch 2] [--steps 3] [--rounds 3]
+    python tests/bench.py --task score      # eval.py on stored embeddings: 5,000 pictures, 25,000 captions, of width 4096
 
 A LLaVA-shaped random folder (ViT 6 x 256 at 224/14, decoder 8 x 512, vocabulary 32064), long captions of 40 to 300 words. The sides run in
 processes of their own, in turn, for some rounds; printed are the median seconds a step, the largest peak memory of a process, their
@@ -170,6 +171,24 @@ def measure(side, folder, **flags):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def score_large_gallery(folder, width=4096):
+    """COCO's test split in size, random embeddings: seconds and peak memory of the whole command."""
+    draw, images = np.random.default_rng(0), []
+    for i in range(5000):
+        (folder / f"{i}.jpg").touch()  # stored embeddings need no pixels
+        images.append({"split": "test", "filename": f"{i}.jpg", "sentences": [{"raw": f"caption {j} of {i}"} for j in range(5)]})
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    emb = {name: draw.standard_normal((count, width), dtype=np.float32) for name, count in (("image_emb", 5000), ("text_emb", 25000))}
+    np.savez(folder / "emb.npz", **emb)
+    del emb
+    start = time.perf_counter()
+    command = [sys.executable, "-c", "import sys, eval, bench; eval.main(sys.argv[1:]); print('peak', bench.peak())"]
+    flags = ["--task", "coco", "--folder", str(folder), "--embeddings", str(folder / "emb.npz")]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True, env=env)
+    print(done.stdout, f"{time.perf_counter() - start:.1f} s in all", sep="")
+
+
 def compare(sides, rounds, peer, scale, unit):
     """Measure the sides in turn for some rounds; print each one's median seconds and largest peak, and their ratios to the peer's."""
     found = {name: [] for name in sides}
@@ -199,6 +218,8 @@ def main():
         result = {"ours": ours, "peer": peer}[args.side](args, getattr(torch, args.dtype))
         return print(json.dumps(result | {"peak": peak()}))
     with tempfile.TemporaryDirectory() as temporary:
+        if args.task == "score":
+            return score_large_gallery(Path(temporary))
         folder = Path(temporary) / "model"
         write_folder(folder)
         theirs = "transformers + peft"

@@ -124,6 +124,13 @@ def test_triples_that_cannot_be_read_are_named(random_folder, tmp_path, capsys, 
     assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_own_pictures_want_own_texts(random_folder, tmp_path, capsys):
+    flags = ["--model", str(random_folder), "--data", str(photographs(tmp_path)), "--out", str(tmp_path / "run"), *FEW]
+    with pytest.raises(SystemExit):
+        training.main([*flags, "--loss", "vladva+text-text"])
+    assert "--text-data FILE.csv" in capsys.readouterr().err
+
+
 def test_checkpointing_and_micro_batches_together_change_no_gradient(random_folder, scene_rows):
     model = shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4))).double()
     plain, _ = gradients(model, scene_rows, 3, grad_cache=True)
