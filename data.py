@@ -11,10 +11,12 @@ grid, with short and long captions, questions, hard negatives after SugarCrepe a
 Not here: prompts and templates (vladva.py), reading of public datasets.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import struct
@@ -278,56 +280,99 @@ def parse_pair(line, where, folder):
     return {"image": path, "short": short, "long": long, "where": where}
 
 
+def line_starts(path, chunk=1 << 24):
+    """Where each line of a file begins, and where the last one ends: (lines + 1,) integers, without holding the file in memory."""
+    parts, size = [np.zeros(1, dtype=np.int64)], Path(path).stat().st_size
+    with open(path, "rb") as file:
+        for start in range(0, size, chunk):
+            parts.append(np.flatnonzero(np.frombuffer(file.read(chunk), dtype=np.uint8) == ord("\n")) + (start + 1))
+    starts = np.concatenate(parts)
+    return starts if starts[-1] == size else np.append(starts, size)
+
+
 class Pairs:
-    """The usable rows of a pairs file. `bad` holds the message of every skipped one (on_bad "skip"); "error" raises at the first."""
+    """The rows of a pairs file, read from the disk when they are asked for: what is held is where its lines begin, 8 bytes a row.
+
+    The first rows are checked when the file is opened. `bad` holds the message of every one that was skipped (on_bad "skip"); "error"
+    raises at the first. A row further on shows its faults when it is drawn.
+    """
 
     together = 1  # neighbouring rows that share a batch
-    CHECK_FIRST = 5000  # rows up to which every picture is decoded once before training, so that a broken one shows now and not in an hour
+    CHECKED = 5000  # rows that are checked at once; in a file no longer than that their pictures too, so that a broken one shows now
 
     def __init__(self, path, tokenizer, on_bad="error"):
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on-bad-data is {on_bad!r}: 'error' or 'skip'")
-        path = Path(path)
-        if not path.is_file():
+        self.path, self.tokenizer, self.bad = Path(path), tokenizer, []
+        if not self.path.is_file():
             raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
-        self.path, self.rows, self.bad = path, [], []
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                self.keep(line, f"{path}:{number}", tokenizer, decode=len(lines) <= self.CHECK_FIRST, on_bad=on_bad)
-        if len(self.rows) < 2:
-            raise ValueError(
-                f"{path}: {len(self.rows)} usable rows ({len(self.bad)} bad); at least 2 are needed" + (f"; first: {self.bad[0]}" if self.bad else "")
-            )
+        self.file, self.starts = open(self.path, "rb"), line_starts(self.path)
+        lines = len(self.starts) - 1
+        first = min(lines, self.CHECKED)
+        checked = [number for number in range(first) if self.good(number, lines <= self.CHECKED, on_bad)]
+        self.numbers = np.concatenate([np.array(checked, dtype=np.int64), np.arange(first, lines)])  # (rows,) their lines
+        if len(self) < 2:
+            why = f"; first: {self.bad[0]}" if self.bad else ""
+            raise ValueError(f"{path}: {len(self)} usable rows ({len(self.bad)} bad); at least 2 are needed{why}")
 
-    def keep(self, line, where, tokenizer, decode, on_bad):
+    def line(self, number):
+        """The text of line `number`, counted from 0; safe to call from several processes at once."""
+        start, end = self.starts[number : number + 2].tolist()
+        return os.pread(self.file.fileno(), end - start, start).decode("utf-8", errors="replace")
+
+    def good(self, number, decode, on_bad):
+        """Is this line a usable row? A blank one is none, without being bad."""
         try:
-            row = parse_pair(line, where, self.path.parent)
-            try:
-                for caption in [*row["short"], *([row["long"]] if row["long"] else [])]:
-                    tokenizer.checked(caption)
-                if decode:
-                    open_image(row["image"])
-            except ValueError as error:
-                raise BadRow(f"{where}: {error}") from None
+            if not self.line(number).strip():
+                return False
+            row = self.parsed(number)
+            if decode:
+                self.picture(row)
         except BadRow as error:
             if on_bad == "error":
                 raise
             self.bad.append(str(error))
-        else:
-            self.rows.append(row)
+            return False
+        return True
+
+    def parsed(self, number):
+        """The row on line `number` as parse_pair gives it; BadRow when the tokenizer refuses one of its captions."""
+        row = parse_pair(self.line(number), f"{self.path}:{number + 1}", self.path.parent)
+        try:
+            for caption in [*row["short"], *([row["long"]] if row["long"] else [])]:
+                self.tokenizer.checked(caption)
+        except ValueError as error:
+            raise BadRow(f"{row['where']}: {error}") from None
+        return row
+
+    def picture(self, row):
+        try:
+            return open_image(row["image"])
+        except ValueError as error:
+            raise BadRow(f"{row['where']}: {error}") from None
+
+    def held_out(self, count, seed="holdout"):
+        """Take up to `count` random rows with a short caption out of this file's rows; returns them as parse_pair gives them.
+
+        No more than 20 times as many are looked at: a file may have 8 million rows and no short caption.
+        """
+        taken = {}
+        for index in np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count].tolist():
+            with contextlib.suppress(BadRow):  # one beyond the checked ones: training will come upon it
+                row = self.parsed(self.numbers[index])
+                if row["short"] and len(taken) < count:
+                    taken[index] = row
+        self.numbers = np.delete(self.numbers, list(taken))
+        return list(taken.values())
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.numbers)
 
     def row(self, index, rng):
         """{"image": RGB picture, "short": one of its captions or None, "long": caption or None}; rng draws the caption."""
-        row = self.rows[index]
-        try:
-            image = open_image(row["image"])
-        except ValueError as error:
-            raise BadRow(f"{row['where']}: {error}") from None
-        return {"image": image, "short": rng.choice(row["short"]) if row["short"] else None, "long": row["long"], "where": row["where"]}
+        row = self.parsed(self.numbers[index])
+        short = rng.choice(row["short"]) if row["short"] else None
+        return {"image": self.picture(row), "short": short, "long": row["long"], "where": row["where"]}
 
 
 class Scenes:

@@ -524,10 +524,7 @@ def open_data(config, model):
     count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
     if count > len(pairs) - 2:
         raise ValueError(f"--holdout {count} leaves fewer than 2 of the {len(pairs)} rows to train on")
-    shuffled = random.Random("holdout").sample(pairs.rows, len(pairs))
-    chosen = [row for row in shuffled if row["short"]][:count]
-    kept_out = {row["where"] for row in chosen}
-    pairs.rows = [row for row in pairs.rows if row["where"] not in kept_out]
+    chosen = pairs.held_out(count)
     if len(chosen) < 2:
         say(f"nothing held out of {len(pairs)} rows: no table before and after (--holdout N keeps N rows out)")
     return pairs, HeldOutRows(chosen)
@@ -538,7 +535,9 @@ def with_triples(rows, config, model):
     if model.settings.loss == "vladva":
         return rows
     if config.text_data == "scenes" and config.data != "scenes":
-        raise ValueError(f"--loss {model.settings.loss} beside --data {config.data}: name your texts too, --text-data FILE.csv (sent0, sent1, hard_neg)")
+        raise ValueError(
+            f"--loss {model.settings.loss} beside --data {config.data}: name your texts too, --text-data FILE.csv (sent0, sent1, hard_neg)"
+        )
     triples = data.SceneTriples(config.seed, config.scenes) if config.text_data == "scenes" else data.Triples(config.text_data, model.tokenizer)
     return triples if model.settings.loss == "text-text" else data.Joined(rows, triples)
 

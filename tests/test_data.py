@@ -191,6 +191,36 @@ def test_a_bad_row_is_refused_with_file_and_line(tmp_path, tokenizer, kind):
     assert "pairs.jsonl:3: " in str(error.value)
 
 
+def test_rows_beyond_the_checked_ones_show_their_faults_when_drawn(tmp_path, tokenizer, monkeypatch):
+    """As in a file of millions: it is opened without reading it all. Blank lines and a missing line feed at the end are no rows and no fault."""
+    monkeypatch.setattr(data.Pairs, "CHECKED", 3)
+    path = pairs_file(tmp_path, GOOD[0], "  ", GOOD[1], *GOOD, BAD["truncated picture"][0], BAD["unknown key"][0])
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n").replace("a gradient", "a\u2028gradient"), encoding="utf-8")
+    pairs = data.Pairs(path, tokenizer)
+    assert len(pairs) == 6 and pairs.row(2, random.Random(0))["where"].endswith("pairs.jsonl:4")
+    assert pairs.row(0, random.Random(0))["short"] == "a\u2028gradient"  # a line ends at a line feed only
+    for index, message in ((4, "jsonl:6: .*cannot be decoded"), (5, "jsonl:7: unknown key")):
+        with pytest.raises(data.BadRow, match=message):
+            pairs.row(index, random.Random(0))
+
+
+def test_line_starts_do_not_depend_on_the_size_of_a_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"one\n\nthree \xe2\x80\xa8\nlast")
+    for chunk in (1, 3, 4, 100):
+        assert data.line_starts(tmp_path / "a", chunk).tolist() == [0, 4, 5, 15, 19]
+    (tmp_path / "empty").write_bytes(b"")
+    assert data.line_starts(tmp_path / "empty").tolist() == [0]
+
+
+def test_rows_held_out_are_not_trained_on(tmp_path, tokenizer):
+    rows = [dict(GOOD[0], short=f"number {i}") if i % 2 else dict(GOOD[1], short=None, long=f"number {i}") for i in range(20)]
+    pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
+    chosen = pairs.held_out(6)
+    left = [pairs.row(i, random.Random(0)) for i in range(len(pairs))]
+    assert len(chosen) == 6 and len(left) == 14 and all(row["short"] for row in chosen)
+    assert not {row["where"] for row in chosen} & {row["where"] for row in left}
+
+
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, tokenizer):
     pairs = data.Pairs(pairs_file(tmp_path, *GOOD, *(row for row, _ in BAD.values())), tokenizer, "skip")
     assert len(pairs) == 2 and len(pairs.bad) == len(BAD)
