@@ -28,7 +28,7 @@ class LoRAProduct(torch.autograd.Function):
     def forward(ctx, x, weight, lora_a, lora_b, scale):
         rows, a, b = x.flatten(0, -2), lora_a.to(x.dtype), lora_b.to(x.dtype)
         low, out = rows @ a.T, rows @ weight.to(x.dtype).T  # (n, R), (n, out)
-        torch.addmm(out, low, b.T, alpha=scale, out=out)
+        out.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, lora_a, lora_b)
         ctx.scale, ctx.shape = scale, x.shape
         return out.unflatten(0, x.shape[:-1])
@@ -39,7 +39,7 @@ class LoRAProduct(torch.autograd.Function):
         low_grad = (grad @ lora_b.to(grad.dtype)) * ctx.scale  # (n, R)
         if ctx.needs_input_grad[0]:
             x_grad = grad @ weight.to(grad.dtype)
-            x_grad = torch.addmm(x_grad, low_grad, lora_a.to(grad.dtype), out=x_grad).view(ctx.shape)
+            x_grad = x_grad.addmm_(low_grad, lora_a.to(grad.dtype)).view(ctx.shape)
         return x_grad, None, (low_grad.T @ rows).to(lora_a.dtype), (grad.T @ low * ctx.scale).to(lora_b.dtype), None
 
 

@@ -1,5 +1,6 @@
 """The loop: one batch overfits, frozen weights stay, the schedule's closed form, runs refused, the command line end to end."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -496,12 +497,20 @@ def test_a_whole_step_of_the_full_size_model_on_the_meta_device(size, tmp_path):
     """No data moves there: no CPU tensor may slip in, and whatever waits for the device (.item(), boolean indexing) raises."""
     model = full_size_model(size, tmp_path)
     rows = [{"image": "a picture", "short": "a red circle", "long": "there are two objects. " * n} for n in (3, 20)]
-    parts = [model.training_batch(rows[:1]), model.training_batch(rows[1:])]
+    parts = [model.training_batch(rows)]
     model.lvlm.decoder.checkpointing = True
     optimizer = training.make_optimizer(model, TrainConfig(lr=1e-4, soft_prompt_lr=1e-4))
-    measured = training.optimisation_step(model, parts, optimizer, TrainConfig(grad_cache=True))
+    config = TrainConfig(grad_cache=True, checkpointing=True)
+    counter = FlopCounterMode(display=False)
+    with counter if size == "7b" else contextlib.nullcontext():
+        measured = training.optimisation_step(model, parts, optimizer, config)
     assert all(value.device.type == "meta" and value.shape == () for value in measured.values())
     assert all(p.grad.dtype == torch.float32 and p.grad.shape == p.shape for _, p in model.trained())
+    if size == "7b":
+        counted = {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
+        products, attention = training.step_flops(model, parts, config)
+        assert sum(counted.values()) - counted["aten.bmm"] == pytest.approx(products, rel=0.005)  # what docs/scaling.md uses
+        assert counted["aten.bmm"] == pytest.approx(2 * attention, rel=0.1)  # the meta device does not skip what causal attention masks
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
