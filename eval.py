@@ -252,6 +252,15 @@ class Folder:
     def json(self, name):
         return read_json(self.file(name))
 
+    def lines(self, name):
+        """The objects of a file of JSON lines."""
+        for number, line in enumerate(self.file(name).read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    self.refuse(f"{name}:{number} is not JSON ({error})")
+
     def picture(self, *names):
         """The first of some file names that lies in the folder, or in one of the folders that pictures are unpacked to."""
         for path in (self.root / sub / name for sub in ("", *PICTURE_FOLDERS) for name in names):
@@ -296,7 +305,7 @@ def karpathy(folder, args):
         if folder.field(row, "split", name) == "test":
             names = [row["filename"], *([f"{row['cocoid']:012d}.jpg"] if "cocoid" in row else [])]
             images.append(folder.picture(*([f"{row['filepath']}/{row['filename']}"] if "filepath" in row else []), *names))
-            captions.append([folder.clean(s["raw"]) for s in row["sentences"][: args.captions]])
+            captions.append([folder.clean(s["raw"]) for s in row["sentences"][: args.captions or None]])
     return retrieval(images, captions) if images else folder.refuse(f"{name} has no row of split 'test'")
 
 
@@ -310,18 +319,20 @@ def nocaps(folder, args):
     domain = [DOMAINS.get(folder.field(row, "domain", name).split("-")[0]) for row in rows]
     if set(domain) != set(DOMAINS.values()):
         folder.refuse(f"{name} has the domains {sorted({row['domain'] for row in rows})}, wanted {', '.join(DOMAINS.values())}")
-    captions = [by_image.get(row["id"], [])[: args.captions] for row in rows]
+    captions = [by_image.get(row["id"], [])[: args.captions or None] for row in rows]
     whole = retrieval([folder.picture(row["file_name"]) for row in rows], captions)
     owner = [i for i, mine in enumerate(captions) for _ in mine]
 
     def score(image_emb, text_emb):
-        parts = {}
+        parts, counts = {}, {}
         for kind in DOMAINS.values():
             inside = [i for i, d in enumerate(domain) if d == kind]
             part = retrieval(inside, [captions[i] for i in inside])
-            parts[kind] = part.score(image_emb[inside], text_emb[[t for t, i in enumerate(owner) if domain[i] == kind]])
-        mean = {key: sum(part["scores"][key] for part in parts.values()) / len(parts) for key in next(iter(parts.values()))["scores"]}
-        return {"scores": mean, "domains": parts, "whole": whole.score(image_emb, text_emb)}
+            parts[kind] = part.score(image_emb[inside], text_emb[[t for t, i in enumerate(owner) if domain[i] == kind]])["scores"]
+            counts[kind] = len(inside)
+        scores = {key: sum(part[key] for part in parts.values()) / len(parts) for key in parts["in-domain"]}
+        parts["whole gallery"] = whole.score(image_emb, text_emb)["scores"]
+        return {"scores": scores | {f"{kind} {key}": value for kind, part in parts.items() for key, value in part.items()}, "counts": counts}
 
     return Benchmark(whole.images, whole.texts, score)
 
@@ -372,7 +383,7 @@ def sugarcrepe_pp(folder, args):
 
 def winoground(folder, args):
     """Two pictures and two captions of the same words an item."""
-    rows = [json.loads(line) for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = list(folder.lines("examples.jsonl"))
     name = lambda row, key: folder.field(row, key, "examples.jsonl")
     images = [folder.picture(name(row, key), f"{row[key]}.png", f"{row[key]}.jpg") for row in rows for key in ("image_0", "image_1")]
     texts = [folder.clean(name(row, key)) for row in rows for key in ("caption_0", "caption_1")]
@@ -599,7 +610,10 @@ def run_published(args):
     folder = Folder(args.folder, args.task, functools.partial(clean_text, strip_period=args.strip_period))
     if not folder.root.is_dir():
         folder.refuse("no such folder")
-    benchmark = LOADERS[args.task](folder, args)
+    try:
+        benchmark = LOADERS[args.task](folder, args)
+    except (KeyError, TypeError, AttributeError) as error:
+        folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
     if args.embeddings:
         (image_emb, text_emb), about = stored_embeddings(args.embeddings, benchmark), {"embeddings": args.embeddings}
         name, printed = None, {}
@@ -641,7 +655,7 @@ def command_line():
     parser.add_argument("--embeddings", metavar="FILE.npz", help="score these (image_emb, text_emb) instead of a model's")
     parser.add_argument("--save-embeddings", metavar="FILE.npz", help="also write the embeddings")
     parser.add_argument("--cache", metavar="DIR", help="keep embeddings there, by content, for other tasks on the same pictures and texts")
-    parser.add_argument("--captions", type=int, default=5, help="of a picture, at most (retrieval; default: 5)")
+    parser.add_argument("--captions", type=int, default=5, help="of a picture, at most; 0: all (retrieval; default: 5)")
     parser.add_argument(
         "--strip-period", action="store_true", help="drop the final full stop of captions, which betrays some true ones in SugarCrepe"
     )
@@ -658,8 +672,8 @@ def command_line():
 @command
 def main(argv=None):
     args = command_line().parse_args(argv)
-    if args.gallery < 2 or args.items < 1 or args.captions < 1 or args.workers < 0:
-        raise ValueError(f"--gallery {args.gallery} --items {args.items} --captions {args.captions} --workers {args.workers}: at least 2, 1, 1 and 0")
+    if args.gallery < 2 or args.items < 1 or args.captions < 0 or args.workers < 0:
+        raise ValueError(f"--gallery {args.gallery} --items {args.items} --captions {args.captions} --workers {args.workers}: at least 2, 1, 0 and 0")
     if args.task == "paper":
         return run_paper(args)
     if args.task in OWN_TASKS:

@@ -466,10 +466,18 @@ class VladVA(nn.Module):
         workers: processes that read and preprocess ahead. read: what makes a picture of an item of `images`.
         """
         sequence, parts = self.image_sequence(), []
-        pixels_of = lambda items: torch.stack([self.image_processor(read(item)) for item in items])
+
+        def pixels_of(items):
+            try:
+                return torch.stack([self.image_processor(read(item)) for item in items])
+            except ValueError as error:  # a broken picture; raised below, where it is not buried in a worker's traceback
+                return error
+
         ahead = {"multiprocessing_context": "fork"} if workers else {}
         loader = DataLoader(images, batch_size, collate_fn=pixels_of, num_workers=workers, **ahead)
         for pixels in tqdm(loader, desc="encoding pictures", leave=False, disable=None if len(loader) > 1 else True):
+            if isinstance(pixels, ValueError):
+                raise pixels
             batch = collate([sequence] * len(pixels), self.tokenizer.pad_id).to(self.lvlm.device)
             embeds = self.embeds(batch, "image", pixels.to(self.lvlm.device))
             parts.append(summary_embedding(self.lvlm.decoder(embeds, rows=batch.states)))

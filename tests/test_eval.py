@@ -188,7 +188,7 @@ def test_coco_with_seven_captions_and_other_file_names(tmp_path, capsys):
     write_picture(tmp_path / "val2017" / "000000000012.jpg", "L")
     five = evaluated(tmp_path, "coco", image_emb=directions(0, 90), text_emb=directions(80, 80, 80, 80, 80, 80))
     assert five["counts"]["captions"] == 6 and five["scores"]["text_to_image R@1"] == pytest.approx(100 / 6)
-    seven = evaluated(tmp_path, "coco", "--captions", "7", image_emb=directions(0, 90), text_emb=directions(80, 80, 80, 80, 80, 5, 4, 80))
+    seven = evaluated(tmp_path, "coco", "--captions", "0", image_emb=directions(0, 90), text_emb=directions(80, 80, 80, 80, 80, 5, 4, 80))
     # picture 1 finds its caption 6; that of picture 2 ties with others. Captions 5 and 6 find picture 1, "other" finds picture 2
     assert seven["scores"]["image_to_text R@1"] == 50 and seven["scores"]["text_to_image R@1"] == pytest.approx(300 / 8)
     assert "8 captions" in capsys.readouterr().out
@@ -204,8 +204,9 @@ def test_nocaps_is_the_mean_of_its_domains(tmp_path):
         write_picture(tmp_path / "val" / f"{i}.jpg")
     emb = directions(0, 90, 0, 90, 180, 270)
     found = evaluated(tmp_path, "nocaps", image_emb=emb, text_emb=emb)
-    assert found["scores"]["text_to_image R@1"] == 100 and found["domains"]["out-domain"]["counts"]["pictures"] == 2
-    assert found["whole"]["scores"]["text_to_image R@1"] == pytest.approx(100 / 3)  # 0 and 2, 1 and 3 tie
+    assert found["scores"]["text_to_image R@1"] == 100 and found["counts"] == {"in-domain": 2, "near-domain": 2, "out-domain": 2}
+    assert found["scores"]["out-domain image_to_text R@1"] == 100
+    assert found["scores"]["whole gallery text_to_image R@1"] == pytest.approx(100 / 3)  # 0 and 2, 1 and 3 tie
     for row in images:
         del row["domain"]
     write(tmp_path / "nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
@@ -323,6 +324,28 @@ def test_an_empty_folder_is_one_line_with_the_place_of_publication(task, tmp_pat
 def test_a_missing_picture_is_named(tmp_path):
     write(tmp_path / "dataset_flickr30k.json", {"images": [karpathy_row("1.jpg", "test", ["a"])]})
     assert "picture 1.jpg not found" in refusal(tmp_path, "flickr30k")
+
+
+@pytest.mark.parametrize("task, name, text, message", [
+    ("flickr30k", "dataset_flickr30k.json", '{"images": [{"split": "test"}]}', "KeyError: 'filename'"),
+    ("flickr30k", "dataset_flickr30k.json", '[1]', "has no 'images'"),
+    ("flickr30k", "dataset_flickr30k.json", '{"images": []}', "no row of split 'test'"),
+    ("winoground", "examples.jsonl", '{"id": 0}\n{"id":', "examples.jsonl:2 is not JSON"),
+    ("sugarcrepe", "replace_obj.json", '{"0": {"caption": "x"}}', "'filename'"),
+])  # fmt: skip
+def test_files_in_another_format_are_refused(tmp_path, task, name, text, message):
+    write(tmp_path / name, text)
+    assert message in refusal(tmp_path, task)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_one_line(tmp_path, random_folder, capsys, workers):
+    flickr(tmp_path)
+    (tmp_path / "2.jpg").write_text("no picture")
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--task", "flickr30k", "--folder", str(tmp_path), "--model", str(random_folder), "--workers", workers])
+    err = capsys.readouterr().err
+    assert "2.jpg" in err and "cannot be decoded" in err and "Traceback" not in err and err.count("\n") == 1
 
 
 def flickr(tmp_path):
