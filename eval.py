@@ -516,12 +516,16 @@ CLASSES = PAPER.parent / "imagenet" / "openai_imagenet_prompts.json"  # with its
 PAPER_NAMES = {"llava-1.5-7b": "LLaVA-1.5-7B", "llava-1.5-13b": "LLaVA-1.5-13B", "qwen2-vl-2b": "Qwen2-VL-2B"}
 
 
-def paper_row(task, model, adapter):
-    """(name, scores) of the paper's row for a model with or without VladVA, or (None, {})."""
-    base = PAPER_NAMES.get(str(model).split("/")[-1].removesuffix("-hf").lower())
-    wanted = f"VladVA ({base})" if adapter else base
+def paper_row(task, name):
+    """(name, scores) of a row of the paper's table for a task; (None, {}) when the table has none of that name."""
     rows = {row["model"]: row["scores"] for row in read_json(PAPER)["tasks"][task]["rows"]}
-    return (wanted, rows[wanted]) if wanted in rows else (None, {})
+    return (name, rows[name]) if name in rows else (None, {})
+
+
+def paper_name(model, adapter):
+    """What the paper calls a model of this repository, with VladVA's adapter or without; None for others."""
+    base = PAPER_NAMES.get(str(model).split("/")[-1].removesuffix("-hf").lower())
+    return f"VladVA ({base})" if base and adapter else base
 
 
 def paper_table(task, scores, name, printed):
@@ -536,12 +540,19 @@ def paper_table(task, scores, name, printed):
 
 
 def run_paper(args):
-    """Every table of the paper with the results of earlier runs (--json files) beside it, "not run" where there are none."""
-    found = {(r["task"], paper_row(r["task"], r["model"], r["adapter"])[0]): r["scores"] for r in map(read_json, args.results) if "scores" in r}
+    """The paper's tables, a row a model, with the results of earlier runs (--json files) below theirs; "not run" where there are none."""
+    found = {(r["task"], r["paper_row"]): r["scores"] for r in map(read_json, args.results) if r.get("paper_row")}
+    show = lambda values, sign="": ["-" if value is None else f"{value:{sign}.1f}" for value in values]
     for task, table in read_json(PAPER)["tasks"].items():
-        say(f"\n{table['table']}")
+        keys, body = list(table["rows"][0]["scores"]), []
         for row in table["rows"]:
-            say(paper_table(task, found.get((task, row["model"]), {}), row["model"], row["scores"]))
+            printed, ours = [row["scores"].get(key) for key in keys], found.get((task, row["model"]))
+            body.append([row["model"], *show(printed), "below" if ours else "not run"])
+            if ours:
+                own = [ours.get(key) for key in keys]
+                apart = [None if None in pair else pair[0] - pair[1] for pair in zip(own, printed)]
+                body += [["  ours", *show(own), ""], ["  difference", *show(apart, "+"), ""]]
+        say(f"\n{table['table']}: {task}\n" + format_table(["", *(key.replace("_", " ") for key in keys), "ours"], body))
 
 
 # ------------------------------------------------------------------------------------------------------ captions of scenes
@@ -616,15 +627,16 @@ def run_published(args):
         folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
     if args.embeddings:
         (image_emb, text_emb), about = stored_embeddings(args.embeddings, benchmark), {"embeddings": args.embeddings}
-        name, printed = None, {}
     else:
         model = load_model(args)
         image_emb, text_emb = embed_files(model, benchmark, args)
         about = {"model": args.model, "adapter": args.adapter, "image_mode": model.settings.image_mode}
-        name, printed = paper_row(args.task, args.model, args.adapter)
+    name, printed = paper_row(args.task, args.row or (None if args.embeddings else paper_name(args.model, args.adapter)))
+    if args.row and not name:
+        raise ValueError(f"--row {args.row!r} is no row of the paper's table for {args.task}: python eval.py --task paper prints them")
     if args.save_embeddings and ranks()[0] == 0:
         save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)
-    results = {"task": args.task, **benchmark.score(image_emb, text_emb), **about}
+    results = {"task": args.task, **benchmark.score(image_emb, text_emb), **about, "paper_row": name}
     say(paper_table(args.task, results["scores"], name, printed))
     say(", ".join(f"{count} {what}" for what, count in results.get("counts", {}).items()))
     return results
@@ -653,6 +665,7 @@ def command_line():
     add_model_flags(parser)
     parser.add_argument("--folder", default=".", help="of a published benchmark: its files as their authors publish them, and the pictures")
     parser.add_argument("--embeddings", metavar="FILE.npz", help="score these (image_emb, text_emb) instead of a model's")
+    parser.add_argument("--row", metavar="NAME", help="row of the paper's table to compare with, e.g. 'CLIP (ViT-L)' (default: that of the model)")
     parser.add_argument("--save-embeddings", metavar="FILE.npz", help="also write the embeddings")
     parser.add_argument("--cache", metavar="DIR", help="keep embeddings there, by content, for other tasks on the same pictures and texts")
     parser.add_argument("--captions", type=int, default=5, help="of a picture, at most; 0: all (retrieval; default: 5)")

@@ -406,11 +406,21 @@ def test_saved_embeddings_score_the_same_and_refuse_another_benchmark(tmp_path, 
 
 
 def test_the_papers_tables_stand_beside_results(tmp_path, capsys):
-    result = {"task": "winoground", "model": "llava-1.5-7b", "adapter": None, "scores": {"text": 20.0, "image": 11.3}}
+    result = {"task": "winoground", "paper_row": "LLaVA-1.5-7B", "scores": {"text": 20.0, "image": 11.3}}
     write(tmp_path / "r.json", result)
     benchmarks.main(["--task", "paper", str(tmp_path / "r.json")])
     out = capsys.readouterr().out
-    block = out[out.index("paper: LLaVA-1.5-7B", out.index("Table 8")) :].splitlines()
-    assert block[3].split() == ["image", "11.3", "11.3", "+0.0"] and block[4].split()[:3] == ["group", "not", "run"]
-    assert out.count("not run") > 500 and benchmarks.paper_row("coco", "llava-hf/llava-1.5-7b-hf", "runs/x")[1]["text_to_image R@1"] > 50
-    assert benchmarks.paper_row("coco", "tiny", None) == (None, {})
+    block = out[out.index("LLaVA-1.5-7B", out.index("Table 8: winoground")) :].splitlines()
+    assert block[0].endswith("below") and block[1].split() == ["ours", "20.0", "11.3", "-"] and block[2].split()[2:] == ["+0.0", "-"]
+    assert out.count("not run") > 100 and benchmarks.paper_row("coco", "VladVA (LLaVA-1.5-7B)")[1]["text_to_image R@1"] == 59.0
+    assert benchmarks.paper_row("coco", None) == (None, {})
+    assert [benchmarks.paper_name(model, "runs/x") for model in ("llava-hf/llava-1.5-7b-hf", "tiny")] == ["VladVA (LLaVA-1.5-7B)", None]
+    assert benchmarks.paper_name("llava-1.5-13b", None) == "LLaVA-1.5-13B"
+
+
+def test_stored_embeddings_can_be_set_beside_a_row_of_the_paper(tmp_path, capsys):
+    flickr(tmp_path)
+    emb = {"image_emb": directions(0, 90, 180), "text_emb": directions(0, 0, 90, 90, 180, 180)}
+    assert evaluated(tmp_path, "flickr30k", "--row", "CLIP (ViT-L)", **emb)["paper_row"] == "CLIP (ViT-L)"
+    assert "paper: CLIP (ViT-L)" in capsys.readouterr().out
+    assert "is no row" in refusal(tmp_path, "flickr30k", "--row", "clip")
