@@ -360,8 +360,10 @@ class Pairs:
         for index in np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count].tolist():
             with contextlib.suppress(BadRow):  # one beyond the checked ones: training will come upon it
                 row = self.parsed(self.numbers[index])
-                if row["short"] and len(taken) < count:
+                if row["short"]:
                     taken[index] = row
+            if len(taken) == count:
+                break
         self.numbers = np.delete(self.numbers, list(taken))
         return list(taken.values())
 
@@ -756,7 +758,9 @@ def caption_triple(seed, index, category):
     """(scene, (true caption, the same in other words, false caption)), after SugarCrepe++; the first and the last are hard_negative's."""
     scene, true, false = edited_caption(seed, index, category)
     rng = random.Random(f"paraphrase {seed} {index} {category}")
-    same = next(words for words in (paraphrase(true, rng) for _ in iter(int, 1)) if str(words) != str(true))
+    same = paraphrase(true, rng)
+    while str(same) == str(true):
+        same = paraphrase(true, rng)
     return scene, (str(true), str(same), str(false))
 
 

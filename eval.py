@@ -75,13 +75,14 @@ def negative_accuracy(positive, negative):
     return 100 * (positive > negative).double().mean().item()
 
 
-def paraphrase_accuracy(image, texts):
+def paraphrase_accuracy(seen, first, second, false):
     """SugarCrepe++, of two true captions P1, P2 and a false one N, strictly.
 
-    image: (items, 3), s(I, P1), s(I, P2), s(I, N); texts: (items, 3), s(P1, P2), s(P1, N), s(P2, N).
+    seen: (items, 3), s(I, P1), s(I, P2), s(I, N); first, second, false: (items, D), the embeddings of P1, P2 and N.
     ITT: the picture is nearer to both true captions than to N. TOT: the true captions are nearer to each other than either is to N.
     """
-    hits = {"ITT": (image[:, :2] > image[:, 2:]).all(1), "TOT": (texts[:, :1] > texts[:, 1:]).all(1)}
+    between = torch.stack([(a * b).sum(-1) for a, b in ((first, second), (first, false), (second, false))], 1)
+    hits = {"ITT": (seen[:, :2] > seen[:, 2:]).all(1), "TOT": (between[:, :1] > between[:, 1:]).all(1)}
     return {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
 
 
@@ -100,11 +101,6 @@ def class_accuracy(image_emb, prompt_emb, label, ks=(1, 5)):
     classes = F.normalize(prompt_emb.mean(0), dim=-1)
     rank, _ = ranks_of_own(classes, image_emb, label)
     return {f"top-{k}": 100 * (rank < k).double().mean().item() for k in ks}
-
-
-def paired(emb, first, second):
-    """Cosines of rows `first` with rows `second` of L2-normalised embeddings."""
-    return (emb[first] * emb[second]).sum(-1)
 
 
 # ------------------------------------------------------------------------------------------------------ the scenes as a benchmark
@@ -176,8 +172,8 @@ def score(benchmark, image_emb, text_emb):
     for category, items in benchmark.negatives.items():
         scene, true, same, false = torch.tensor(items).T
         results["negatives"][category] = negative_accuracy(sim[scene, true], sim[scene, false])
-        between = [paired(text_emb, a, b) for a, b in ((true, same), (true, false), (same, false))]
-        results["paraphrases"][category] = paraphrase_accuracy(sim[scene[:, None], torch.stack([true, same, false], 1)], torch.stack(between, 1))
+        triple = torch.stack([true, same, false])
+        results["paraphrases"][category] = paraphrase_accuracy(sim[scene, triple].T, *text_emb[triple])
     by_group = {group: [c for c in benchmark.negatives if data.CATEGORIES[c] == group] for group in ("Replace", "Swap", "Add")}
     mean = lambda values: sum(values) / len(values)
     results["groups"] = {group: mean([results["negatives"][c] for c in members]) for group, members in by_group.items()}
@@ -338,7 +334,10 @@ def nocaps(folder, args):
 
 
 def hard_negatives(folder, categories, fields, score_items):
-    """SugarCrepe and SugarCrepe++: a file a category. score_items: (image_emb, text_emb, scenes, *texts as indices) -> {suffix: percent}."""
+    """SugarCrepe and SugarCrepe++: a file a category. score_items: (seen, *texts) -> {suffix: percent}.
+
+    seen: (items, texts an item), similarities with the picture; texts: (items, D) each.
+    """
     images, texts, items = IndexedList(), IndexedList(), {}
     for category in categories:
         rows = folder.json(f"{category}.json")
@@ -347,7 +346,11 @@ def hard_negatives(folder, categories, fields, score_items):
         items[category] = [(images.index(folder.picture(row["filename"])), *(texts.index(field(row, key)) for key in fields)) for row in rows]
 
     def score(image_emb, text_emb):
-        found = {category: score_items(image_emb, text_emb, *torch.tensor(rows).T) for category, rows in items.items()}
+        found = {}
+        for category, rows in items.items():
+            picture, *words = torch.tensor(rows).T
+            told = [text_emb[each] for each in words]
+            found[category] = score_items(torch.stack([(image_emb[picture] * each).sum(1) for each in told], 1), *told)
         scores = {f"{category}{suffix}": value for category, values in found.items() for suffix, value in values.items()}
         suffixes = next(iter(found.values()))
         groups = {group: [c for c in members if c in items] for group, members in SUGARCREPE.items()}
@@ -362,21 +365,13 @@ def hard_negatives(folder, categories, fields, score_items):
 
 def sugarcrepe(folder, args):
     """One true and one false caption a picture, 7 categories."""
-
-    def score_items(image_emb, text_emb, image, true, false):
-        return {"": negative_accuracy(*((image_emb[image] * text_emb[text]).sum(1) for text in (true, false)))}
-
-    return hard_negatives(folder, [c for members in SUGARCREPE.values() for c in members], ("caption", "negative_caption"), score_items)
+    categories = [c for members in SUGARCREPE.values() for c in members]
+    return hard_negatives(folder, categories, ("caption", "negative_caption"), lambda seen, *_: {"": negative_accuracy(*seen.T)})
 
 
 def sugarcrepe_pp(folder, args):
     """Two true captions and a false one a picture, 5 categories."""
-
-    def score_items(image_emb, text_emb, image, first, second, false):
-        seen = torch.stack([(image_emb[image] * text_emb[text]).sum(1) for text in (first, second, false)], 1)
-        between = torch.stack([paired(text_emb, a, b) for a, b in ((first, second), (first, false), (second, false))], 1)
-        return {f" {name}": value for name, value in paraphrase_accuracy(seen, between).items()}
-
+    score_items = lambda seen, *texts: {f" {name}": value for name, value in paraphrase_accuracy(seen, *texts).items()}
     categories = SUGARCREPE["Replace"] + SUGARCREPE["Swap"]
     return hard_negatives(folder, categories, ("caption", "caption2", "negative_caption"), score_items)
 
@@ -618,6 +613,9 @@ def run_scenes(model, args):
 
 def run_published(args):
     """One benchmark from its authors' files: the embeddings of a model of this repository, or stored ones of any system."""
+    name, printed = paper_row(args.task, args.row or (None if args.embeddings else paper_name(args.model, args.adapter)))
+    if args.row and not name:
+        raise ValueError(f"--row {args.row!r} is no row of the paper's table for {args.task}: python eval.py --task paper prints them")
     folder = Folder(args.folder, args.task, functools.partial(clean_text, strip_period=args.strip_period))
     if not folder.root.is_dir():
         folder.refuse("no such folder")
@@ -631,9 +629,6 @@ def run_published(args):
         model = load_model(args)
         image_emb, text_emb = embed_files(model, benchmark, args)
         about = {"model": args.model, "adapter": args.adapter, "image_mode": model.settings.image_mode}
-    name, printed = paper_row(args.task, args.row or (None if args.embeddings else paper_name(args.model, args.adapter)))
-    if args.row and not name:
-        raise ValueError(f"--row {args.row!r} is no row of the paper's table for {args.task}: python eval.py --task paper prints them")
     if args.save_embeddings and ranks()[0] == 0:
         save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)
     results = {"task": args.task, **benchmark.score(image_emb, text_emb), **about, "paper_row": name}
