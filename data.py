@@ -612,13 +612,14 @@ def is_true(caption, scene):
 
 
 OPENINGS = ("", "", "", "a picture of ", "an image of ", "there is ", "the image shows ")
+ATTRIBUTES = ("size", "texture")  # what a caption may say of an object beside colour, shape and place
 
 
-def short_caption(scene, rng, style=None, mentions=None):
+def short_caption(scene, rng, style=None, mentions=None, attributes=ATTRIBUTES):
     """A true caption of 2 or 3 objects: style "relation", "position" or "list", drawn when None; attributes and background at times."""
     style = style or rng.choice(("relation", "relation", "position", "position", "list"))
     count = mentions or rng.randint(2, min(3, len(scene.things)))
-    told = [(thing, tuple(name for name in ("size", "texture") if rng.random() < 0.3)) for thing in rng.sample(scene.things, count)]
+    told = [(thing, tuple(name for name in attributes if rng.random() < 0.3)) for thing in rng.sample(scene.things, count)]
     return Caption(
         opening=rng.choice(OPENINGS),
         mentions=tuple(told),
@@ -638,13 +639,13 @@ SENTENCES = (  # of a long caption, with {thing} and {place}; one is drawn a cap
 )
 
 
-def long_caption(scene, rng):
-    """A true caption with every object, attribute and position, the background, and one or more relations; wording varies."""
+def long_caption(scene, rng, attributes=ATTRIBUTES, related=True):
+    """A true caption with every object, attribute and position, the background, and one or more relations if `related`; wording varies."""
     things = sorted(scene.things, key=lambda thing: thing.cell) if rng.random() < 0.5 else rng.sample(scene.things, len(scene.things))
     sentence, count = rng.choice(SENTENCES), NUMBERS[len(things)]
     ground = rng.choice((f"the image shows {count} on a {scene.background} background.", f"there are {count}. the background is {scene.background}."))
-    body = [sentence.format(thing=thing.phrase(("size", "texture")), place=POSITIONS[thing.cell]) for thing in things]
-    for _ in range(rng.randint(1, len(things) - 1)):
+    body = [sentence.format(thing=thing.phrase(attributes), place=POSITIONS[thing.cell]) for thing in things]
+    for _ in range(rng.randint(1, len(things) - 1) if related else 0):
         a, b = rng.sample(things, 2)
         body.append(f"the {' '.join(a.kind)} is {rng.choice(relations(a, b))} the {' '.join(b.kind)}.")
     return " ".join([ground, *body] if rng.random() < 0.5 else [*body, ground])
@@ -653,7 +654,7 @@ def long_caption(scene, rng):
 def one_word(scene, rng):
     """One content word that is true of the scene, at random: what "in one word" is answered with in the generative stage."""
     thing = rng.choice(scene.things)
-    return rng.choice((thing.colour, thing.colour, thing.shape, thing.shape, thing.size, thing.texture, POSITIONS[thing.cell], scene.background))
+    return rng.choice((thing.colour, thing.colour, thing.shape, thing.shape, POSITIONS[thing.cell], scene.background))
 
 
 def few_words(scene, rng):
@@ -662,17 +663,10 @@ def few_words(scene, rng):
 
 
 def question(scene, rng):
-    """A (question, answer) about the scene: where an object is, what is at a place or beside another object, how two objects lie."""
-    a, b = rng.sample(scene.things, 2)
-    kind = rng.choice(("where", "what", "which", "which", "relation", "relation"))
-    if kind == "which":
-        relation = rng.choice(relations(a, b))
-        return f"what is {relation} the {' '.join(b.kind)}?", rng.choice([t for t in scene.things if relation in relations(t, b)]).phrase()
-    if kind == "where":
-        return f"where is the {' '.join(a.kind)}?", POSITIONS[a.cell]
-    if kind == "what":
-        return f"what is at the {POSITIONS[a.cell]}?", a.phrase(("size", "texture"))
-    return f"where is the {' '.join(a.kind)} relative to the {' '.join(b.kind)}?", " and ".join(relations(a, b))
+    """A (question, answer) about the scene: where an object is, or what is at a place."""
+    thing = rng.choice(scene.things)
+    name = " ".join(thing.kind)
+    return rng.choice(((f"where is the {name}?", POSITIONS[thing.cell]), (f"what is at the {POSITIONS[thing.cell]}?", thing.phrase())))
 
 
 # Hard negatives after SugarCrepe: one edit makes the caption false of the scene and leaves its wording alone. "_pos" are this project's

@@ -1,12 +1,14 @@
 """Makes assets/tiny: a LLaVA-shaped LVLM of about two million parameters, pre-trained generatively on rendered scenes.
 
-    python assets/make_tiny.py --out /tmp/tiny     # about 50 minutes on 2 CPU cores; assets/tiny/README.md says how the committed weights were made
+    python assets/make_tiny.py --out /tmp/tiny     # about half an hour on 2 CPU cores
 
 After LLaVA's stages: (1) a warm-up of the vision tower and projector, standing in for CLIP's pre-training and LLaVA's feature alignment:
 every patch names its object's colour, shape, size, texture, cell and background *through the projector, against the decoder's own word
 embeddings*, so that image tokens start as visual words; (2) the paper's Eq. 2 on conversations about scenes and about captions, all weights
-but the vision tower's, in two stages: "describe", which starts on crowded scenes, whose five to nine look-ups a picture teach looking up
-within 400 steps, and "relate", which asks more about how objects lie to each other, also of captions alone.
+but the vision tower's; it starts on crowded scenes, whose five to nine look-ups a picture teach looking up within 400 steps.
+
+Held out of stage 2: sizes, textures, and how objects lie to each other. No answer and no caption speaks of them, so that the long captions
+of the adaptation have something to teach.
 
 Not here: anything discriminative. The result has never seen a contrastive loss.
 """
@@ -20,7 +22,6 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one process a core is twice as fast as one process with two threads
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
-from model import LVLM, load_lvlm, parse_config, place, save_lvlm
+from model import LVLM, parse_config, place, save_lvlm
 from vladva import next_token_loss
 
 PRETRAIN_SEED = 3000  # its scenes are nobody else's: train.py and eval.py use other seeds
@@ -257,68 +258,63 @@ def warm_up(lvlm, tokenizer, pictures, labels, args):
 # ------------------------------------------------------------------------------------------------------ stage 2: conversations
 
 
-def image_turns(scene, rng, relate):
-    """[(ask, answer), ...] about a picture; `relate` asks more about how objects lie to each other."""
+def image_turns(scene, rng):
+    """[(ask, answer), ...] about a picture."""
     if len(scene.things) > 4:  # a crowded scene is there for its look-ups: as many as a picture can hold
-        name = rng.choice(("colour", "shape", "kind", "kind", "kind") + ("question",) * 5 * relate)
-        values = [getattr(thing, name, None) for thing in scene.things]
-        things = [thing for thing in rng.sample(scene.things, len(scene.things)) if values.count(getattr(thing, name, None)) == 1]
-        if name in ("colour", "shape") and things:
+        name = rng.choice(("colour", "shape", "kind", "kind", "kind"))
+        values = [getattr(thing, name) for thing in scene.things]
+        things = [thing for thing in rng.sample(scene.things, len(scene.things)) if values.count(getattr(thing, name)) == 1]
+        if name != "kind" and things:
             return [(ask_for(name, "image", rng), ", ".join(f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things))]
-        if name == "question":
-            return [data.question(scene, rng) for _ in range(4)]
-        caption = data.Caption(
-            rng.choice(data.OPENINGS), tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things))), None, True, None
-        )
-        return [(ask_for("list", "image", rng), str(caption))]
-    kind = rng.choices(
-        ("list", "detail", "brief", "few", "questions", "one", "second"), (12, 24, 20, 3, 28, 10, 3) if relate else (16, 26, 18, 3, 24, 10, 3)
-    )[0]
+        shuffled = tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things)))
+        return [(ask_for("list", "image", rng), str(data.Caption(rng.choice(data.OPENINGS), shuffled, None, True, None)))]
+    kind = rng.choices(("list", "detail", "brief", "few", "questions", "one", "second"), (16, 26, 18, 3, 24, 10, 3))[0]
     if kind == "list":
-        return [(ask_for("list", "image", rng), str(data.short_caption(scene, rng, "position", mentions=len(scene.things))))]
+        return [(ask_for("list", "image", rng), str(brief_caption(scene, rng, "position", len(scene.things))))]
     if kind == "detail":
-        return [(ask_for("detail", "image", rng), data.long_caption(scene, rng))]
+        return [(ask_for("detail", "image", rng), full_caption(scene, rng))]
     if kind == "brief":
-        return [(ask_for("brief", "image", rng), str(data.short_caption(scene, rng)))]
+        return [(ask_for("brief", "image", rng), str(brief_caption(scene, rng)))]
     if kind == "few":
         return [(ask_for("few", "image", rng), data.few_words(scene, rng)), data.question(scene, rng)]
     if kind == "questions":
         return [data.question(scene, rng) for _ in range(4)]
     if kind == "one":
         return [(ask_for("one", "image", rng), data.one_word(scene, rng)), data.question(scene, rng), data.question(scene, rng)]
-    return [(ask_for("one", "image", rng), ""), ("Describe the image in detail.", data.long_caption(scene, rng))]
+    return [(ask_for("one", "image", rng), ""), ("Describe the image in detail.", full_caption(scene, rng))]
 
 
-def text_turns(scene, rng, relate):
-    """[(ask with its text, answer), ...] about a caption; `relate` makes the model imagine where the objects of "A left of B" are."""
-    caption = data.short_caption(scene, rng, rng.choices(("relation", "position", "list"), (6, 3, 1) if relate else (4, 4, 2))[0])
+def brief_caption(scene, rng, style=None, mentions=None):
+    """A short caption without what is held out."""
+    return data.short_caption(scene, rng, style or rng.choice(("position", "list")), mentions, attributes=())
+
+
+def full_caption(scene, rng):
+    """A long caption without what is held out."""
+    return data.long_caption(scene, rng, attributes=(), related=False)
+
+
+def text_turns(scene, rng):
+    """[(ask with its text, answer), ...] about a caption."""
+    caption = brief_caption(scene, rng, rng.choices(("position", "list"), (2, 1))[0])
     told = data.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
-    family = rng.choices(("one", "few", "brief", "list"), (20, 5, 30, 45) if relate else (30, 15, 30, 25))[0]
+    family = rng.choices(("one", "few", "brief", "list"), (30, 15, 30, 25))[0]
     ask = ask_for(family if family != "brief" else rng.choice(("brief", "brief", "detail")), "text", rng)
     answer = {
         "one": lambda: caption_word(caption, rng),
         "few": lambda: data.few_words(told, rng),
         "brief": lambda: str(data.paraphrase(caption, rng)),
-        "list": lambda: (
-            str(data.short_caption(told, rng, "position", len(told.things))) if relate else ", ".join(" ".join(t.kind) for t in told.things)
-        ),
+        "list": lambda: ", ".join(" ".join(t.kind) for t in told.things),
     }[family]()
-    turns = [(f"{ask} {caption}", answer)]
-    if relate and caption.relation:
-        (a, _), (b, _) = caption.mentions[:2]
-        turns.append((f"what is {caption.relation} the {' '.join(b.kind)}?", a.phrase()))
-        turns.append((f"what is {data.OPPOSITE[caption.relation]} the {' '.join(a.kind)}?", b.phrase()))
-        return turns[:1] + [rng.choice(turns[1:])]
-    return turns + [data.question(told, rng)] if caption.positions else turns
+    return [(f"{ask} {caption}", answer)] + ([data.question(told, rng)] if caption.positions else [])
 
 
 def caption_word(caption, rng):
     """One content word of the caption."""
-    thing, shown = rng.choice(caption.mentions)
-    words = [thing.colour, thing.colour, thing.shape, thing.shape, *(getattr(thing, name) for name in shown)]
+    thing, _ = rng.choice(caption.mentions)
+    words = [thing.colour, thing.colour, thing.shape, thing.shape]
     words += [data.POSITIONS[thing.cell]] * 2 if caption.positions else []
     words += [caption.background] if caption.background else []
-    words += [caption.relation.split()[0]] * 2 if caption.relation else []
     return rng.choice(words)
 
 
@@ -381,37 +377,35 @@ def sequence_loss(lvlm, batch, features):
 
 @torch.no_grad()
 def probe(lvlm, encoder, scenes, features):
-    """Share right, one question a scene: "where is the ...?", "... relative to ...?", and the first place of a shuffled list."""
+    """Share right, one question a scene: "where is the ...?", and the first place of a shuffled list of objects or colours."""
     result = {}
-    for kind in ("where", "relative", "listed", "colour"):
-        rows, options = [], []
+    for kind in ("where", "listed", "colour"):
+        rows, wanted = [], []
         for i, scene in enumerate(scenes):
             rng = random.Random(i)
-            a, b = rng.sample(scene.things, 2)
-            name, good = " ".join(a.kind), [data.POSITIONS[a.cell]]
+            a = rng.choice(scene.things)
             turn = {
-                "where": (f"where is the {name}?", ""),
-                "relative": (f"where is the {name} relative to the {' '.join(b.kind)}?", ""),
+                "where": (f"where is the {' '.join(a.kind)}?", ""),
                 "listed": (OWN["list"][0].format(noun="image"), a.phrase()),
                 "colour": (OWN["colour"][0].format(noun="image"), a.colour),
             }[kind]
             rows.append(encoder.encode([turn], True, i % 2 == 0))
             if turn[1]:
                 rows[-1][0].pop()  # the end of sequence: the place comes here
-            options.append([encoder.ids(" " + word)[0] for word in (data.relations(a, b) if kind == "relative" else good)])
+            wanted.append(encoder.ids(" " + data.POSITIONS[a.cell])[0])
         ids, _, _, slots = collate(rows, 4)
         hidden = lvlm.decoder(place(lvlm.embed(ids), lvlm.projector(features), slots))
         last = torch.tensor([len(row[0]) - 1 for row in rows])
         guess = lvlm.head(hidden[torch.arange(len(rows)), last]).argmax(-1).tolist()
-        result[kind] = sum(g in o for g, o in zip(guess, options)) / len(rows)
+        result[kind] = sum(g == w for g, w in zip(guess, wanted)) / len(rows)
     return result
 
 
-def draw_batches(encoder, scenes, crowd, share, relate, args, rng):
+def draw_batches(encoder, scenes, crowd, share, args, rng):
     """Eight batches of conversations, rows of similar length together: [([(conversation, picture row), ...], [conversation, ...]), ...]."""
     rows = [rng.randrange(crowd, len(scenes)) if rng.random() < share else rng.randrange(crowd) for _ in range(8 * args.batch)]
-    told = [(encoder.encode(image_turns(scenes[row], rng, relate), True, rng.random() < 0.5), row) for row in rows]
-    said = [encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng, relate), False, rng.random() < 0.2) for _ in range(4 * args.batch)]
+    told = [(encoder.encode(image_turns(scenes[row], rng), True, rng.random() < 0.5), row) for row in rows]
+    said = [encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng), False, rng.random() < 0.2) for _ in range(4 * args.batch)]
     told.sort(key=lambda pair: len(pair[0][0]))
     said.sort(key=lambda row: len(row[0]))
     half = args.batch // 2
@@ -427,35 +421,21 @@ def average_gradients(parameters):
         p.grad.copy_(part.view_as(p) / torch.distributed.get_world_size())
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One run of the generative stage. stretch: the learning rate falls along a cosine that would end at so many times the steps."""
-
-    name: str
-    steps: int
-    lr: float
-    stretch: float
-    relate: bool
-
-
-STAGES = (Stage("describe", 4000, 2e-3, 1.75, relate=False), Stage("relate", 2800, 1.5e-3, 1.0, relate=True))
-
-
-def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, stage, args):
+def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
     """Eq. 2 on conversations, one process a core, each on its own rows; the gradients are averaged every step."""
     lvlm = copy.deepcopy(lvlm)  # what spawn passes on lies in shared memory, where the processes would update each other's weights
-    torch.distributed.init_process_group("gloo", init_method=f"file://{args.meeting_place}_{stage.name}", rank=rank, world_size=args.workers)
-    encoder, rng, waiting = Encoder(tokenizer, lvlm.config.num_image_tokens), random.Random(f"{args.seed} {rank} {stage.name}"), []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{args.meeting_place}", rank=rank, world_size=args.workers)
+    encoder, rng, waiting = Encoder(tokenizer, lvlm.config.num_image_tokens), random.Random(f"{args.seed} {rank}"), []
     lvlm.requires_grad_(True).vision.requires_grad_(False)
     parameters = [p for p in lvlm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.02, betas=(0.9, 0.98))
-    start, sums, looks_up = time.time(), [0.0, 0.0], torch.tensor(float(stage.relate))
-    for step in range(stage.steps):
-        factor = min(1, (step + 1) / 300) * max(0.01, 0.5 * (1 + math.cos(step / stage.steps / stage.stretch * math.pi)))
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
+    start, sums, looks_up = time.time(), [0.0, 0.0], torch.tensor(0.0)
+    for step in range(args.steps):
+        factor = min(1, (step + 1) / 300) * max(0.01, 0.5 * (1 + math.cos(step / args.steps * math.pi)))
         for group in optimizer.param_groups:
-            group["lr"] = stage.lr * factor
+            group["lr"] = args.lr * factor
         if not waiting:
-            waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, stage.relate, args, rng)
+            waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, args, rng)
         told, said = waiting.pop()
         image_loss = sequence_loss(lvlm, collate([row for row, _ in told], 4), features[torch.tensor([row for _, row in told])].float())
         text_loss = sequence_loss(lvlm, collate(said, 4), None)
@@ -466,7 +446,7 @@ def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, stage, args
         optimizer.step()
         sums = [sums[0] + image_loss.item(), sums[1] + text_loss.item()]
         if rank == 0 and (step + 1) % 100 == 0:
-            log(f"{stage.name} step {step + 1} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}")
+            log(f"step {step + 1} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}")
             sums = [0.0, 0.0]
         if rank == 0 and (step + 1) % 200 == 0:
             for name, first in (("usual", 0), ("crowded", crowd)):
@@ -474,8 +454,10 @@ def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, stage, args
                 log(f"    {name} scenes: " + " ".join(f"{kind} {share:.3f}" for kind, share in answers.items()))
             looks_up += answers["listed"] >= args.look_up_until
         torch.distributed.broadcast(looks_up, 0)
-        if rank == 0 and ((step + 1) % 400 == 0 or step + 1 == stage.steps):
+        if rank == 0 and ((step + 1) % 400 == 0 or step + 1 == args.steps):
             save_folder(lvlm, tokenizer, args.out)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def log(line):
@@ -488,7 +470,8 @@ def main(argv=None):
     parser.add_argument("--look-up-until", type=float, default=0.85, help="crowded scenes mostly, until so many of their look-ups are right")
     parser.add_argument("--warm-up-steps", type=int, default=1000, help="of the warm-up of the vision tower")
     parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--start-from", metavar="FOLDER", help="go on after the describing stage, from its weights")
+    parser.add_argument("--steps", type=int, default=3600, help="of the conversations")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak, of the conversations")
     parser.add_argument("--batch", type=int, default=16, help="pictures a process; half as many texts")
     parser.add_argument("--workers", type=int, default=2, help="processes, one a core")
     parser.add_argument("--seed", type=int, default=0)
@@ -506,18 +489,12 @@ def main(argv=None):
     labels = {family: torch.stack([l[family] for l in labels]) for family in FAMILIES}
     log("rendered")
     torch.set_num_threads(2)
-    if args.start_from:
-        lvlm = load_lvlm(args.start_from)
-    else:
-        warm_up(lvlm, tokenizer, pictures, labels, args)
+    warm_up(lvlm, tokenizer, pictures, labels, args)
     with torch.no_grad():
         features = torch.cat([lvlm.vision(normalise(chunk)).half() for chunk in pictures.split(512)])
     log(f"features {tuple(features.shape)}")
     del pictures, labels
-    for stage in STAGES[bool(args.start_from) :]:
-        if stage.relate:
-            lvlm = load_lvlm(args.start_from or args.out)
-        torch.multiprocessing.spawn(generative_stage, (lvlm, tokenizer, features, scenes, args.scenes, stage, args), nprocs=args.workers)
+    torch.multiprocessing.spawn(generative_stage, (lvlm, tokenizer, features, scenes, args.scenes, args), nprocs=args.workers)
 
 
 if __name__ == "__main__":
