@@ -6,6 +6,8 @@
     python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine     # a published benchmark; torchrun splits the work
     python eval.py --task coco --folder DIR --embeddings clip.npz                        # the same metrics for any other system
     python eval.py --task paper coco.json ...                 # the paper's tables, with results of earlier runs beside them
+    python eval.py --task prompts                             # what the paper looks into, each with a picture in runs/analysis:
+    python eval.py --task attention --adapter runs/tiny       # prompts, tokens, attention, soft-prompts, layers, generation
 
 Metrics take embeddings, not models. The published benchmarks, where their files come from and what is measured: docs/evaluation.md.
 
@@ -15,9 +17,12 @@ Not here: training (train.py), the formulas of the paper (vladva.py).
 import argparse
 import functools
 import hashlib
+import itertools
 import json
+import math
 import random
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +32,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import read_json
-from vladva import add_model_flags, command, encode_over_ranks, format_table, load_model, ranks, say, similarity, sum_over_ranks
+from model import read_json, write_json
+from vladva import (
+    add_model_flags,
+    attention_density,
+    command,
+    components_for,
+    cumulative_variance,
+    encode_over_ranks,
+    format_table,
+    load_model,
+    nearest_tokens,
+    next_token_loss,
+    output_entropy,
+    rank_correlation,
+    ranks,
+    say,
+    similarity,
+    sum_over_ranks,
+    summary_embedding,
+)
 
 DEV_SEED, TEST_SEED = 1000, 2000  # settings are chosen on the scenes of DEV_SEED, results are reported on those of TEST_SEED
 CHANCE = {"negatives": 50.0, "ITT": 100 / 3, "TOT": 100 / 3, "text": 25.0, "image": 25.0, "group": 100 / 6}  # percent
@@ -155,11 +178,14 @@ def scene_benchmark(seed, gallery=1000, items=500):
     return SceneBenchmark(about, scenes.items, texts.items, gallery, negatives, pairs, ceiling)
 
 
-def embed(model, benchmark):
-    """(image_emb, text_emb) of all its scenes and texts, on the host; under torchrun every process encodes its share."""
+def embed(model, benchmark, encode_image=None, encode_text=None):
+    """(image_emb, text_emb) of all its scenes and texts, on the host; under torchrun every process encodes its share.
+
+    encode_image, encode_text: what embeds them, the model's own when None.
+    """
     size = model.lvlm.config.vision.image_size
-    encode_scenes = functools.partial(model.encode_image, read=lambda scene: data.render(scene, size))
-    return encode_over_ranks(encode_scenes, benchmark.scenes).cpu(), encode_over_ranks(model.encode_text, benchmark.texts).cpu()
+    encode_scenes = functools.partial(encode_image or model.encode_image, read=lambda scene: data.render(scene, size))
+    return encode_over_ranks(encode_scenes, benchmark.scenes).cpu(), encode_over_ranks(encode_text or model.encode_text, benchmark.texts).cpu()
 
 
 def score(benchmark, image_emb, text_emb):
@@ -185,6 +211,29 @@ def score(benchmark, image_emb, text_emb):
         scenes, texts = (torch.tensor(part) for part in zip(*items))  # (items, 2) each
         results["winoground"][kind] = winoground_scores(sim[scenes[:, :, None], texts[:, None, :]])
     return dict(results, ceiling=benchmark.ceiling)
+
+
+@torch.no_grad()
+def caption_loss(model, captioned, batch=32):
+    """Eq. 2 on held-out long captions: {"loss": nats a token, "tokens": how many}; under torchrun every process takes its share.
+
+    captioned: [(picture, long caption), ...].
+    """
+    (rank, processes), total = ranks(), torch.zeros(2, dtype=torch.float64)
+    mine = captioned[rank::processes]
+    for start in tqdm(range(0, len(mine), batch), desc="reading long captions", leave=False, disable=None):
+        rows = [{"image": data.open_image(image), "short": None, "long": long} for image, long in mine[start : start + batch]]
+        part = model.training_batch(rows).to(model.lvlm.device)
+        loss = next_token_loss(model.outputs(part).caption_states, part.targets, model.lvlm.head.weight, total=1)
+        total += torch.tensor([loss.item(), len(part.targets)])
+    loss, tokens = sum_over_ranks(total.to(model.lvlm.device)).tolist()
+    return {"loss": loss / tokens, "tokens": int(tokens)}
+
+
+def captioned_scenes(seed, count, size):
+    """[(picture, long caption), ...] of the first `count` held-out scenes of a seed."""
+    scenes = [data.make_scene(seed, i) for i in range(count)]
+    return [(data.render(scene, size), data.long_caption(scene, random.Random(f"long {seed} {i}"))) for i, scene in enumerate(scenes)]
 
 
 def score_rows(results):
@@ -593,6 +642,305 @@ def caption_accuracy(model, seed, count=300):
     return {"task": "captions", "scene_seed": seed, "scenes": count, "objects": total, **scores}
 
 
+# ------------------------------------------------------------------------------------------------------ what the paper looks into
+
+PROMPTS = PAPER.parent / "prompts.json"  # 50 pairs of an image and a text prompt, in words that the tiny model can read
+
+
+def testbed(model, args):
+    """(pictures, captions): --items held-out scenes with a short caption each, or as many rows of a pairs file."""
+    if args.data == "scenes":
+        scenes, size = [data.make_scene(args.seed, i) for i in range(args.items)], model.lvlm.config.vision.image_size
+        captions = [str(data.short_caption(scene, random.Random(f"captions {args.seed} {i}"))) for i, scene in enumerate(scenes)]
+        return [data.render(scene, size) for scene in scenes], captions
+    rows = data.Pairs(args.data, model.tokenizer).held_out(args.items)
+    return [row["image"] for row in rows], [row["short"][0] for row in rows]
+
+
+def before_and_after(model):
+    """Yields "before", while the adapter is switched off, and then "after" when there is one."""
+    with model.adapter_disabled():
+        yield "before"
+    if model.adapted:
+        yield "after"
+
+
+def recall_both(image_emb, text_emb):
+    """R@1 of pictures and captions that belong together row by row: {"image to text R@1": percent, "text to image R@1": percent}."""
+    found = recall_at(image_emb.cpu(), text_emb.cpu(), torch.arange(len(image_emb)), ks=(1,))
+    return {f"{direction.replace('_', ' ')} R@1": values["R@1"] for direction, values in found.items()}
+
+
+def summary_measures(model, pictures, captions):
+    """The paper's measures of a prompt pair (Sec. 3.1), on the summary tokens of pictures and captions that belong together.
+
+    Entropies in nats (means), the cumulative variance and how many principal components hold 90 % of it, and R@1 in percent.
+    """
+    states, measures = {"image": model.image_states(pictures), "text": model.text_states(captions)}, {}
+    for modality, state in states.items():
+        entropy = torch.cat([output_entropy(model.lvlm.head(part.to(model.lvlm.compute_dtype))) for part in state.split(256)])
+        variance = cumulative_variance(summary_embedding(state))
+        measures |= {f"{modality} entropy": entropy.mean().item(), f"{modality} components": components_for(variance)}
+        measures[f"{modality} variance"] = variance.tolist()
+    return measures | recall_both(*map(summary_embedding, states.values()))
+
+
+def run_prompts(model, args):
+    """Figs. 2, 3 and 5: what a good prompt is."""
+    pictures, captions = testbed(model, args)
+    pairs, rows = read_json(args.prompts), []
+    for pair in tqdm(pairs, desc="prompts", disable=None):
+        measures = summary_measures(model.with_prompts(pair["image"], pair["text"]), pictures, captions)
+        both = {name: (measures[f"image {name}"] + measures[f"text {name}"]) / 2 for name in ("entropy", "components")}
+        both["R@1"] = (measures["image to text R@1"] + measures["text to image R@1"]) / 2
+        rows.append({"image prompt": pair["image"], "text prompt": pair["text"], **both, **measures})
+    rows.sort(key=lambda row: row["entropy"])
+    columns = {name: torch.tensor([float(row[name]) for row in rows]) for name in ("entropy", "components", "R@1")}
+    varied = [name for name, values in columns.items() if len(values.unique()) > 1]  # a constant one has no order
+    correlations = {f"{a} and {b}": rank_correlation(columns[a], columns[b]) for a, b in itertools.combinations(varied, 2)}
+    say(format_table(["image prompt, by entropy", *columns], [[row["image prompt"], *(f"{row[name]:.2f}" for name in columns)] for row in rows]))
+    for names, (rho, p) in correlations.items():
+        say(f"Spearman's rho of {names}: {rho:.2f} (p = {p:.4f}, {len(rows)} prompt pairs)")
+    about = {"pictures": len(pictures), "correlations": {names: {"rho": rho, "p": p} for names, (rho, p) in correlations.items()}}
+    return about | {"prompts": rows}, draw_prompts
+
+
+def draw_prompts(plt, results):
+    """Entropy a prompt pair, cumulative variance coloured by entropy, retrieval against entropy."""
+    rows, colour = results["prompts"], plt.get_cmap("viridis")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    top, ranks = max(row["entropy"] for row in rows), range(1, len(rows) + 1)
+    for modality, marker in (("image", "o"), ("text", "^")):
+        left.plot(ranks, [row[f"{modality} entropy"] for row in rows], marker, markersize=4, label=modality)
+        right.scatter([row["entropy"] for row in rows], [row[f"{modality} to {'text' if modality == 'image' else 'image'} R@1"] for row in rows],
+                      marker=marker, s=16, label=f"{modality} query")  # fmt: skip
+    left.set(title="entropy of the next token (Fig. 2)", xlabel="prompt pairs, by mean entropy", ylabel="nats")
+    for row in rows:
+        middle.plot(row["image variance"][:40], color=colour(row["entropy"] / top), linewidth=0.8)
+    middle.axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
+    middle.set(title="cumulative variance, pictures (Fig. 3)", xlabel="principal component, from 0", ylabel="share of the variance")
+    figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), colour), ax=middle, label="entropy (nats)")
+    rho = results["correlations"].get("entropy and R@1", {}).get("rho", math.nan)
+    right.set(title=f"zero-shot retrieval (Fig. 5), rho = {rho:.2f}", xlabel="entropy (nats)", ylabel="R@1 (percent)")
+    left.legend()
+    right.legend()
+    return figure
+
+
+def run_tokens(model, args, shown=3, top=8):
+    """Fig. 4 and Sec. 3.4: the likeliest next tokens at the summary token, entropy, and spread of the embeddings, before and after."""
+    pictures, captions = testbed(model, args)
+    results = {"pictures": len(pictures), "captions": captions[:shown], "measures": {}, "tokens": {}}
+    for when in before_and_after(model):
+        results["measures"][when] = summary_measures(model, pictures, captions)
+        states = {"image": model.image_states(pictures[:shown]), "text": model.text_states(captions[:shown])}
+        likely = {name: model.lvlm.head(state.to(model.lvlm.compute_dtype)).float().softmax(-1).topk(top) for name, state in states.items()}
+        results["tokens"][when] = {
+            modality: [[[model.tokenizer.decode([t]), q] for t, q in zip(*row)] for row in zip(best.indices.tolist(), best.values.tolist())]
+            for modality, best in likely.items()
+        }
+    numbers = [name for name, value in results["measures"]["before"].items() if not isinstance(value, list)]
+    say(format_table(["", *results["measures"]], [[n, *(f"{m[n]:.2f}" for m in results["measures"].values())] for n in numbers]))
+    for when, tokens in results["tokens"].items():
+        for modality, rows in tokens.items():
+            for number, row in enumerate(rows):
+                say(f"{when}, {modality} {number}: " + "  ".join(f"{token} {100 * q:.1f}%" for token, q in row))
+    return results, functools.partial(draw_tokens, pictures=pictures[:shown])
+
+
+def draw_tokens(plt, results, pictures):
+    """A row a picture: the picture, and the likeliest tokens of it and of its caption, before and after."""
+    columns = [(when, modality) for when in results["tokens"] for modality in ("image", "text")]
+    figure, axes = plt.subplots(len(pictures), 1 + len(columns), figsize=(3.2 * (1 + len(columns)), 2.4 * len(pictures)), layout="constrained")
+    for number, (line, picture, caption) in enumerate(zip(axes.reshape(len(pictures), -1), pictures, results["captions"])):
+        line[0].imshow(data.open_image(picture))
+        line[0].set_title(textwrap.fill(caption, 34), fontsize=8)
+        line[0].axis("off")
+        for axis, (when, modality) in zip(line[1:], columns):
+            words, shares = zip(*results["tokens"][when][modality][number])
+            axis.barh(range(len(words)), [100 * share for share in shares], color="C0" if when == "before" else "C1")
+            axis.set_yticks(range(len(words)), [word.strip() or repr(word) for word in words], fontsize=8)
+            axis.invert_yaxis()
+            axis.set_title(f"{when}, {modality}: next token (percent)", fontsize=9)
+    return figure
+
+
+def run_attention(model, args, heads_a_layer=2):
+    """Fig. 6: attention of the summary token to the image tokens, its density over all heads, before and after; drawn for the first picture."""
+    pictures, _ = testbed(model, args)
+    results, maps = {"pictures": len(pictures), "density": {}}, {}
+    for when in before_and_after(model):
+        every = [model.summary_attention(picture).cpu() for picture in tqdm(pictures, desc=f"attention {when}", leave=False, disable=None)]
+        given, (entropy, share) = torch.stack([each.sum(-1).mean() for each in every]), zip(*map(attention_density, every))
+        results["density"][when] = {
+            "entropy": torch.stack([each.mean() for each in entropy]).mean().item(),
+            "share of patches with 90 % of the mass": torch.stack([each.mean() for each in share]).mean().item(),
+            "mass on the picture": given.mean().item(),
+        }
+        maps[when] = every[0]
+    results["entropy when uniform"] = math.log(maps["before"].shape[-1])
+    names = list(results["density"]["before"])
+    say(format_table(["mean over heads and pictures", *maps], [[n, *(f"{d[n]:.3f}" for d in results["density"].values())] for n in names]))
+    say(f"entropy of a uniform map: {results['entropy when uniform']:.3f}")
+    mass = maps["before"].sum(-1)  # (layers, H): the heads that look at the picture most before adaptation are drawn
+    layers = torch.linspace(0, len(mass) - 1, min(4, len(mass))).round().long().tolist()
+    chosen = [(layer, head) for layer in layers for head in mass[layer].topk(min(heads_a_layer, mass.shape[1])).indices.sort().values.tolist()]
+    return results, functools.partial(draw_attention, maps=maps, chosen=chosen, pixels=seen_picture(model, pictures[0]))
+
+
+def seen_picture(model, picture):
+    """The picture as the vision tower gets it, (height, width, 3) in 0..1."""
+    processor = model.image_processor
+    pixels = processor(data.open_image(picture)).permute(1, 2, 0).numpy()
+    return (pixels * processor.std + processor.mean).clip(0, 1)
+
+
+def draw_attention(plt, results, maps, chosen, pixels):
+    """A row before and one after, a column a head: its map over the greyed picture, with the share of patches that holds 90 % of the mass."""
+    figure, axes = plt.subplots(len(maps), 1 + len(chosen), figsize=(1.6 * (1 + len(chosen)), 2.1 * len(maps)), layout="constrained", squeeze=False)
+    side, gray = math.isqrt(next(iter(maps.values())).shape[-1]), pixels.mean(-1)
+    extent = (0, gray.shape[1], gray.shape[0], 0)
+    for line, (when, weights) in zip(axes, maps.items()):
+        line[0].imshow(pixels)
+        line[0].set_title(when, fontsize=9)
+        for axis, (layer, head) in zip(line[1:], chosen):
+            one = weights[layer, head]
+            axis.imshow(gray, cmap="gray", vmin=0, vmax=1)
+            axis.imshow((one.view(side, side) / one.max()).numpy(), cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=1)
+            _, share = attention_density(one)
+            axis.set_title(f"layer {layer + 1}, head {head + 1}\n90 % in {100 * share:.0f} % of patches", fontsize=7)
+        for axis in line:
+            axis.axis("off")
+    return figure
+
+
+def run_soft_prompts(model, args):
+    """Sec. 5.1: each learned vector as the nearest token, with its cosine."""
+    if not model.soft_prompts:
+        raise ValueError("no soft prompts to decode: --adapter names the folder of a run that trained them")
+    results = {}
+    for modality, vectors in model.soft_prompts.items():
+        sequence = model.image_sequence() if modality == "image" else model.text_sequence("a")
+        hand = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
+        ids, cosine = nearest_tokens(vectors.detach(), model.lvlm.decoder.embed_tokens.weight)
+        word = model.tokenizer.inner.decode
+        results[modality] = [[word([h]), word([i], skip_special_tokens=False), c] for h, i, c in zip(hand, ids.tolist(), cosine.tolist())]
+        say(format_table([f"{modality} prompt", "nearest token", "cosine"], [[repr(a), repr(b), f"{c:.3f}"] for a, b, c in results[modality]]))
+    return results, draw_soft_prompts
+
+
+def draw_soft_prompts(plt, results):
+    """Cosine of each learned vector with its nearest token, which stands below; in orange where it is not the hand prompt's."""
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 3), layout="constrained", squeeze=False)
+    for axis, (modality, rows) in zip(axes[0], results.items()):
+        axis.bar(range(len(rows)), [c for _, _, c in rows], color=["C0" if hand == near else "C1" for hand, near, _ in rows])
+        axis.set_xticks(range(len(rows)), [near.strip() or repr(near) for _, near, _ in rows], rotation=45, ha="right", fontsize=8)
+        axis.set(title=f"{modality} soft prompt", ylabel="cosine with its nearest token")
+    return figure
+
+
+def run_layers(model, args):
+    """Supplement, Table 6: embeddings from every layer, before and after. States between layers have not met the final norm."""
+    pictures, captions = testbed(model, args)
+    benchmark = scene_benchmark(args.seed, gallery=2, items=min(args.items, 200)) if args.data == "scenes" else None
+    results = {"pictures": len(pictures), "layers": {}}
+    for when in before_and_after(model):
+        for depth in range(1, len(model.lvlm.decoder.layers) + 1):
+            encode_image = lambda items, depth=depth, **more: summary_embedding(model.image_states(items, depth=depth, **more))
+            encode_text = lambda items, depth=depth: summary_embedding(model.text_states(items, depth=depth))
+            scores = recall_both(encode_image(pictures), encode_text(captions))
+            if benchmark:
+                scores |= score(benchmark, *embed(model, benchmark, encode_image, encode_text))["groups"]
+            results["layers"].setdefault(when, []).append(scores)
+    for when, rows in results["layers"].items():
+        say(format_table([f"layer, {when}", *rows[0]], [[str(n), *(f"{v:.1f}" for v in row.values())] for n, row in enumerate(rows, start=1)]))
+    return results, draw_layers
+
+
+def draw_layers(plt, results):
+    """A line a score over the layers, dashed before, solid after."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for when, rows in results["layers"].items():
+        for n, name in enumerate(rows[0]):
+            line = "--" if when == "before" else "-"
+            axis.plot(range(1, len(rows) + 1), [row[name] for row in rows], line, color=f"C{n}", marker="o", markersize=3, label=f"{name}, {when}")
+    axis.set(xlabel="decoder layer that the embedding is taken from", ylabel="percent", xticks=range(1, len(rows) + 1))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+ASKED = ("Describe the image in detail.", "Describe the image briefly.", "What is in the image?")
+
+
+def run_generation(args):
+    """Fig. 7: answers of the base, of --adapter on and off, and of --rival (an E5-V-style adapter), to the same prompts."""
+    answers = {}
+    for name, adapter in (("base", None), ("adapter", args.adapter), ("rival", args.rival)):
+        if adapter or name == "base":
+            model = load_model(argparse.Namespace(**vars(args) | {"adapter": adapter}))
+            pictures = testbed(model, args)[0][: len(ASKED)]
+            tell = lambda model=model, pictures=pictures: [model.generate_batch([p] * len(ASKED), ASKED, max_new_tokens=200) for p in pictures]
+            answers[name] = tell()
+            if name == "adapter":
+                with model.adapter_disabled():
+                    answers["adapter off"] = tell()
+    for picture in range(len(pictures)):
+        for number, prompt in enumerate(ASKED):
+            say(f"\npicture {picture}: {prompt}\n" + "\n".join(f"  {name}: {told[picture][number]}" for name, told in answers.items()))
+    words = lambda told: sum(len(answer.split()) for each in told for answer in each) / (len(ASKED) * len(told))
+    results = {"prompts": ASKED, "answers": answers, "words an answer": {name: words(told) for name, told in answers.items()}}
+    if "adapter off" in answers:
+        results["adapter off equals base"] = answers["adapter off"] == answers["base"]
+        say(f"\nadapter off = base, to the letter: {results['adapter off equals base']}")
+    return results, functools.partial(draw_generation, pictures=pictures)
+
+
+def draw_generation(plt, results, pictures):
+    """A row a picture with the answers to the first prompt."""
+    figure, axes = plt.subplots(len(pictures), 2, figsize=(12, 2.6 * len(pictures)), width_ratios=(1, 5), layout="constrained", squeeze=False)
+    for number, ((shown, told), picture) in enumerate(zip(axes, pictures)):
+        shown.imshow(data.open_image(picture))
+        text = "\n".join(
+            textwrap.fill(f"{name}: {answers[number][0]}", 130, subsequent_indent="    ") for name, answers in results["answers"].items()
+        )
+        told.text(0, 1, f"{results['prompts'][0]}\n\n{text}", va="top", fontsize=9)
+        for axis in (shown, told):
+            axis.axis("off")
+    return figure
+
+
+STUDIES = {"prompts": run_prompts, "tokens": run_tokens, "attention": run_attention, "soft-prompts": run_soft_prompts, "layers": run_layers}
+
+
+def run_study(args):
+    """One look into the model: a table, OUT/<task>.json and OUT/<task>.png."""
+    if args.task == "generation":
+        results, draw = run_generation(args)
+    else:
+        results, draw = STUDIES[args.task](load_model(args), args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"task": args.task, "model": args.model, "adapter": args.adapter, "data": args.data, "seed": args.seed}
+    write_json(out / f"{args.task}.json", about | results)
+    say(f"written: {out / args.task}.json")
+    save_picture(out / f"{args.task}.png", lambda plt: draw(plt, results))
+
+
+def save_picture(path, draw):
+    """Save the matplotlib figure that draw(pyplot) makes; without matplotlib, one line that says how to get it."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return say(f"{path} not drawn: matplotlib is not installed (pip install matplotlib); the numbers are in {Path(path).with_suffix('.json')}")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = draw(pyplot)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    say(f"written: {path}")
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -656,8 +1004,12 @@ def command_line():
     """The parser of the flags."""
     parser = argparse.ArgumentParser(prog="eval.py", description="Benchmarks of a model with or without an adapter, or of stored embeddings.")
     parser.add_argument("results", nargs="*", metavar="RESULT.json", help="with --task paper: results of earlier runs")
-    parser.add_argument("--task", choices=sorted([*OWN_TASKS, *LOADERS, "paper"]), default="scenes")
+    parser.add_argument("--task", choices=sorted([*OWN_TASKS, *LOADERS, *STUDIES, "generation", "paper"]), default="scenes")
     add_model_flags(parser)
+    parser.add_argument("--rival", metavar="DIR", help="a second adapter beside --adapter (generation), such as one trained with --loss text-text")
+    parser.add_argument("--data", default="scenes", help="what the studies look at: scenes, or a pairs file (default: scenes)")
+    parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE.json", help='list of {"image": ..., "text": ...} (prompts)')
+    parser.add_argument("--out", default="runs/analysis", metavar="DIR", help="where a study writes its numbers and its picture")
     parser.add_argument("--folder", default=".", help="of a published benchmark: its files as their authors publish them, and the pictures")
     parser.add_argument("--embeddings", metavar="FILE.npz", help="score these (image_emb, text_emb) instead of a model's")
     parser.add_argument("--row", metavar="NAME", help="row of the paper's table to compare with, e.g. 'CLIP (ViT-L)' (default: that of the model)")
@@ -684,6 +1036,8 @@ def main(argv=None):
         raise ValueError(f"--gallery {args.gallery} --items {args.items} --captions {args.captions} --workers {args.workers}: at least 2, 1, 0 and 0")
     if args.task == "paper":
         return run_paper(args)
+    if args.task in (*STUDIES, "generation"):
+        return run_study(args)
     if args.task in OWN_TASKS:
         model = load_model(args)
         results = dict(OWN_TASKS[args.task](model, args), model=args.model, adapter=args.adapter, image_mode=model.settings.image_mode)

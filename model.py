@@ -349,9 +349,20 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width)
         self.o_proj = Linear(self.heads * self.width, config.hidden_size)
 
-    def forward(self, x, rotary, cache=None, layer=None, positions=None, rows=None):
+    def project(self, x, rotary):
+        """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, K), (B, G, T, K)
+        return rotate(q, *rotary), rotate(k, *rotary), v
+
+    def weights(self, x, rotary):
+        """The attention weights (B, H, T, T) that the fused kernel multiplies the values with and never shows; for figures only."""
+        q, k, _ = self.project(x, rotary)
+        scores = q @ k.repeat_interleave(self.heads // self.kv_heads, dim=1).transpose(-1, -2) * self.width**-0.5
+        unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        return scores.float().masked_fill(unseen, -torch.inf).softmax(-1)
+
+    def forward(self, x, rotary, cache=None, layer=None, positions=None, rows=None):
+        q, k, v = self.project(x, rotary)
         grouped = self.heads != self.kv_heads
         if cache is not None:
             all_k, all_v = cache.write(layer, k, v, positions)
@@ -404,24 +415,35 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeds, cache=None, positions=None, rows=None):
+    def forward(self, embeds, cache=None, positions=None, rows=None, depth=None):
         """cache: where keys and values go, and those of earlier tokens come from. positions: (B or 1, T), where each token stands in its
         row, when it follows others in the cache; otherwise they are 0 .. T - 1.
 
         rows: flat indices b * T + t of the states that are wanted, (M, D); what the last block does for the others after its attention is
-        left out. None: all, (B, T, D).
+        left out. None: all, (B, T, D). depth: how many blocks are run, 1 or more; the final norm follows when it is all of them, or None.
         """
-        where = torch.arange(embeds.shape[1], device=embeds.device)[None] if positions is None else positions
-        cos, sin = rotary_tables(where, self.config.head_width, self.config.rope_theta, embeds.dtype)
-        rotary = cos[:, None], sin[:, None]  # (B or 1, 1, T, K)
-        x = embeds
-        for layer, block in enumerate(self.layers):
-            wanted = rows if layer + 1 == len(self.layers) else None
+        assert depth is None or 1 <= depth <= len(self.layers), depth
+        rotary, x, blocks = self.rotary(embeds, positions), embeds, self.layers[:depth]
+        for layer, block in enumerate(blocks):
+            wanted = rows if layer + 1 == len(blocks) else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, rows=wanted, use_reentrant=False)
             else:
                 x = block(x, rotary, cache, layer, positions, wanted)
-        return self.norm(x)
+        return self.norm(x) if len(blocks) == len(self.layers) else x
+
+    def rotary(self, embeds, positions=None):
+        """(cos, sin), (B or 1, 1, T, K) each, for tokens at `positions` (B or 1, T), or at 0 .. T - 1."""
+        where = torch.arange(embeds.shape[1], device=embeds.device)[None] if positions is None else positions
+        cos, sin = rotary_tables(where, self.config.head_width, self.config.rope_theta, embeds.dtype)
+        return cos[:, None], sin[:, None]
+
+    def attention_maps(self, embeds):
+        """Yields the attention weights of each block, (B, H, T, T), along the usual forward of embeds (B, T, D)."""
+        rotary, x = self.rotary(embeds), embeds
+        for block in self.layers:
+            yield block.self_attn.weights(block.input_layernorm(x), rotary)
+            x = block(x, rotary)
 
 
 def place(embeds, vectors, slots):

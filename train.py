@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...      # the same gradient from 8 devices
     python train.py --out runs/mine --resume                           # go on after a stop
     python train.py --plot runs/mine                                   # draw its curves
+    python train.py --ablation --seeds 3                               # the paper's Table 4: which part adds what
 
 Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, and OUT/checkpoints while it runs.
 
@@ -13,6 +14,7 @@ Not here: the losses (vladva.py), the benchmarks (eval.py).
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -26,6 +28,7 @@ import shutil
 import signal
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +72,7 @@ class TrainConfig:
     text_data: str = "scenes"  # triples for the text-text loss, from the scenes' grammar; or a CSV file: sent0, sent1, hard_neg
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
+    contrast: str = "short"  # captions that Eq. 1 takes; "long" is what Sec. 3.2.2 warns of
     batch: int | None = None  # pairs a step, over all devices; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
     micro_batch: int | None = None  # pairs that run together, padded to one length, the gradient being the same; None: 16, or fewer if those fit
     grad_cache: bool | None = None  # run each micro-batch twice, so that only one holds activations; None: with --micro-batch, or if not all fit
@@ -301,13 +305,18 @@ class Steps:
         (rank, count), (indices, epoch), usable, bad = ranks(), self.indices(step), [], []
         for index in indices[rank::count]:
             try:
-                usable.append(self.rows.row(index, random.Random(f"caption {self.config.seed} {epoch} {index}")))
+                usable.append(self.told(self.rows.row(index, random.Random(f"caption {self.config.seed} {epoch} {index}"))))
             except data.BadRow as error:
                 bad.append(str(error))
         usable.sort(key=lambda row: len(row["long"] or ""))
         size = self.config.micro_batch or len(usable) or 1
         parts = [self.model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
         return Drawn(parts, [row["where"] for row in usable], bad)
+
+    def told(self, row):
+        """The row with the captions that the losses take: no long one for a next-token loss of weight 0."""
+        contrasted = row["long"] if self.config.contrast == "long" else row["short"]
+        return row | {"short": contrasted, "long": row["long"] if self.model.settings.next_token_weight else None}
 
 
 def loader(model, rows, config, first):
@@ -457,10 +466,14 @@ def not_finite(step, measured, where, out):
 # ------------------------------------------------------------------------------------------------------ start
 
 
+LONG_CAPTIONS = 300  # held-out long captions whose next-token loss is measured
+
+
 class HeldOutScenes:
     """Held-out scenes as a benchmark of retrieval and compositionality."""
 
     def __init__(self, config):
+        self.config = config
         self.benchmark = config.eval_gallery and benchmarks.scene_benchmark(config.eval_seed, config.eval_gallery, config.eval_items)
 
     def measure(self, model):
@@ -468,7 +481,9 @@ class HeldOutScenes:
             return None
         image_emb, text_emb = benchmarks.embed(model, self.benchmark)
         gallery = self.benchmark.gallery
-        results = benchmarks.score(self.benchmark, image_emb, text_emb) | {"image_mode": model.settings.image_mode}
+        captioned = benchmarks.captioned_scenes(self.config.eval_seed, min(LONG_CAPTIONS, gallery), model.lvlm.config.vision.image_size)
+        told = {"image_mode": model.settings.image_mode, "long_captions": benchmarks.caption_loss(model, captioned)}
+        results = benchmarks.score(self.benchmark, image_emb, text_emb) | told
         return Measured(results, similarity(image_emb[:gallery], text_emb[:gallery]))
 
     def picture(self, index, size):
@@ -490,7 +505,9 @@ class HeldOutRows:
         shown, said = [row["image"] for row in self.rows], [row["short"][0] for row in self.rows]
         emb = encode_over_ranks(model.encode_image, shown), encode_over_ranks(model.encode_text, said)
         image_emb, text_emb = (each.cpu() for each in emb)
-        results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.settings.image_mode}
+        captioned = [(row["image"], row["long"]) for row in self.rows if row["long"]][:LONG_CAPTIONS]
+        told = {"long_captions": benchmarks.caption_loss(model, captioned)} if captioned else {}
+        results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.settings.image_mode} | told
         return Measured(
             results | {"retrieval": benchmarks.recall_at(image_emb, text_emb, torch.arange(len(self.rows)))}, similarity(image_emb, text_emb)
         )
@@ -552,6 +569,8 @@ def resolve(config, model, rows):
                       ("micro_batch", 1), ("workers", 0), ("save_every", 1), ("keep", 1)):  # fmt: skip
         if getattr(config, name) is not None and getattr(config, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed")
+    if config.contrast not in ("short", "long"):
+        raise ValueError(f"--contrast is {config.contrast!r}: short or long")
     cuda = model.lvlm.device.type == "cuda"
     checkpointing = cuda if config.checkpointing is None else config.checkpointing
     share, fitting = -(-batch // ranks()[1]), config.micro_batch or fitting_micro_batch(model, checkpointing)
@@ -717,6 +736,9 @@ def report(out, held_out, before, after):
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if scores:
         print(benchmarks.score_table(scores))
+        if "long_captions" in before.results:
+            first, last = (each.results["long_captions"] for each in (before, after))
+            print(f"held-out long captions: {first['loss']:.3f} nats a token before, {last['loss']:.3f} after ({first['tokens']:,} tokens)")
     draw_report(held_out, before, after, metrics).save(out / "report.png")
     print(f"written: {out}/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png")
     return scores
@@ -794,6 +816,117 @@ def draw_curve(pen, box, values, title, fonts):
     pen.text((right, bottom + 6), f"step {len(values)}", INK, fonts[1], anchor="ra")
 
 
+# ------------------------------------------------------------------------------------------------------ ablation
+
+ABLATION = {  # row of the paper's Table 4: what differs from the defaults; the last one is Sec. 3.2.2's warning
+    "soft prompts": ({}, {"lora": False, "next_token_weight": 0.0}),
+    "LoRA": ({}, {"soft_prompts": False, "next_token_weight": 0.0}),
+    "LoRA, soft prompts": ({}, {"next_token_weight": 0.0}),
+    "LoRA, soft prompts, next-token loss": ({}, {}),
+    "Eq. 1 on long captions": ({"contrast": "long"}, {"next_token_weight": 0.0}),
+}
+UNTOUCHED = "untouched"
+ABLATED = {  # column: where a run's results hold it, and how it is written
+    "text to image R@1": (("retrieval", "text_to_image", "R@1"), ".1f"),
+    "image to text R@1": (("retrieval", "image_to_text", "R@1"), ".1f"),
+    "Replace": (("groups", "Replace"), ".1f"),
+    "Swap": (("groups", "Swap"), ".1f"),
+    "Add": (("groups", "Add"), ".1f"),
+    "long captions, nats a token": (("long_captions", "loss"), ".3f"),
+}
+
+
+def ablation(config, settings, seeds, jobs, resume):
+    """The paper's Table 4: every row with the same data, steps and seeds. Writes OUT/ablation.json, .md and .png, and a folder a run."""
+    out = Path(config.out or Path("runs") / "ablation")
+    planned = {
+        (row, seed): (dataclasses.replace(config, **ours, seed=seed, out=str(out / f"{number}-seed-{seed}")), dataclasses.replace(settings, **theirs))
+        for number, (row, (ours, theirs)) in enumerate(ABLATION.items(), start=1) for seed in range(config.seed, config.seed + seeds)
+    }  # fmt: skip
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds another ablation: go on with --resume, choose another --out, or delete it first")
+    scores = dict(zip(planned, run_all(list(planned.values()), jobs)))
+    if not all(scores.values()):
+        raise ValueError("nothing was held out, so there is nothing to compare: give --eval-gallery or --holdout a number above 1")
+    table = {UNTOUCHED: ablated([scores[key]["before"] for key in planned][:1])}
+    table |= {row: ablated([scores[row, seed]["after"] for r, seed in planned if r == row]) for row in ABLATION}
+    write_json(out / "ablation.json", {"steps": config.steps, "seeds": seeds, "eval_seed": config.eval_seed, "rows": table})
+    (out / "ablation.md").write_text(ablation_table(table), encoding="utf-8")
+    print(f"{ablation_table(table)}\nwritten: {out}/ablation.json, ablation.md")
+    curves = {row: read_metrics(planned[row, config.seed][0].out) for row in ABLATION}
+    benchmarks.save_picture(out / "ablation.png", lambda plt: draw_ablation(plt, table, curves))
+    return table
+
+
+def run_all(runs, jobs):
+    """The scores of every (TrainConfig, Settings), `jobs` processes at a time; what a run says goes to its OUT/log.txt."""
+    if jobs == 1:
+        return [run_one(*run) for run in runs]
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        waiting = [pool.submit(run_one, *run) for run in runs]
+        for _ in tqdm(as_completed(waiting), total=len(waiting), desc="ablation", disable=None):
+            pass
+        return [each.result() for each in waiting]
+
+
+def run_one(config, settings):
+    """The scores of one run, which is begun, gone on with or, if it is done, read."""
+    out = Path(config.out)
+    begun, done = (out / "config.json").exists(), (out / "scores.json").exists()
+    if begun:
+        given = dataclasses.asdict(config) | dataclasses.asdict(settings)
+        config, settings = stored_run({name: value for name, value in given.items() if value is not None})
+    if done:
+        return read_json(out / "scores.json")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        return train(config, settings, resume=begun)
+
+
+def ablated(results):
+    """{column: [value of each run]} of ABLATED, the columns that these results have."""
+
+    def value(result, path):
+        return functools.reduce(lambda inside, key: inside.get(key, {}), path, result)
+
+    return {name: [value(r, path) for r in results] for name, (path, _) in ABLATED.items() if all(value(r, path) != {} for r in results)}
+
+
+def ablation_table(table):
+    """Markdown: a row each, mean and, for several runs, lowest to highest."""
+    columns = list(table[UNTOUCHED])
+
+    def cell(values, form):
+        mean = f"{sum(values) / len(values):{form}}"
+        return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[row, *(cell(values[c], ABLATED[c][1]) for c in columns)] for row, values in table.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_ablation(plt, table, curves):
+    """Bars a column with every run as a dot, and the contrastive loss of the first seed's runs."""
+    columns = list(table[UNTOUCHED])
+    size, shares = (2.1 * len(columns) + 4, 3.6), [1] * len(columns) + [2]
+    figure, axes = plt.subplots(1, len(columns) + 1, figsize=size, width_ratios=shares, layout="constrained")
+    colours = [f"C{n}" for n in range(len(table))]
+    for axis, column in zip(axes, columns):
+        for place, (row, values) in enumerate(table.items()):
+            axis.bar(place, sum(values[column]) / len(values[column]), color=colours[place], alpha=0.6, label=row)
+            axis.plot([place] * len(values[column]), values[column], "k.", markersize=3)
+        axis.set_title(column.replace(", ", ",\n"), fontsize=9)
+        axis.set_ylabel("nats" if "nats" in column else "percent", fontsize=8)
+        axis.set_xticks([])
+    for colour, metrics in zip(colours[1:], curves.values()):
+        axes[-1].plot([m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour)
+    axes[-1].set(title="contrastive loss, first seed (nats)", xlabel="step", yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -816,15 +949,31 @@ def main(argv=None):
     add_fields(parser, Settings)
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in OUT, from its last checkpoint")
     parser.add_argument("--plot", metavar="OUT", default=None, help="only draw the curves of a run")
+    parser.add_argument("--ablation", action="store_true", default=False, help="train every row of the paper's Table 4 and compare")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a row of --ablation (default: 3)")
+    parser.add_argument("--jobs", type=int, default=None, help="runs of --ablation at a time (default: one a core on the cpu, at most 4)")
     given = vars(parser.parse_args(argv))
-    resume, drawn = given.pop("resume"), given.pop("plot")
+    resume, drawn, ablate, seeds, jobs = (given.pop(name) for name in ("resume", "plot", "ablation", "seeds", "jobs"))
     if drawn:
         return plot(drawn)
+    if ablate:
+        if "LOCAL_RANK" in os.environ or seeds < 1:
+            raise ValueError(f"--ablation --seeds {seeds}: wanted 1 seed or more, and no torchrun, which is for a single run")
+        return ablation(*picked(given), seeds, jobs or default_jobs(given.get("device")), resume)
     if given.get("loss") == "text-text" and not resume:
         given = E5V | given
-    pick = lambda cls: cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
-    config, settings = stored_run(given) if resume else (pick(TrainConfig), pick(Settings))
+    config, settings = stored_run(given) if resume else picked(given)
     return train(config, settings, resume)
+
+
+def picked(given):
+    """(TrainConfig, Settings) with the flags that were given."""
+    return tuple(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in (TrainConfig, Settings))
+
+
+def default_jobs(device):
+    """Runs at a time: on the CPU one a core, as a second core helps a small model little, but at most 4; elsewhere one."""
+    return min(4, torch.get_num_threads()) if torch.device(pick_device(device)).type == "cpu" else 1
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
 
     python vladva.py a.jpg b.jpg "a red circle" "a blue square" --adapter runs/tiny     # prints the similarity table
 
-Sec. 3.1   templates, summary token, embeddings, similarity; entropy and cumulative variance of prompts
+Sec. 3.1   templates, summary token, embeddings, similarity; entropy and cumulative variance of prompts, rank correlation
 Sec. 3.2   Eq. 1 (contrastive), Eq. 2 (next token), the overall loss in one forward of the image sequence
 Sec. 3.3   soft prompts that replace the hand prompt's tokens; LoRA (lora.py)
+Sec. 3.4   density of the summary token's attention; Sec. 5.1: soft prompts as the nearest words
 
 Not here: the network (model.py), files and pictures (data.py), the training loop (train.py), benchmarks (eval.py).
 """
@@ -111,6 +112,48 @@ def cumulative_variance(emb):
     if variance.sum() == 0:
         raise ValueError("cumulative variance of embeddings that are all equal: there is no variance to share out")
     return (variance.cumsum(0) / variance.sum()).to(emb.dtype)
+
+
+def components_for(cumulative, share=0.9):
+    """How many principal components hold `share` of the variance (paper Sec. 3.1). cumulative: (k,), as cumulative_variance gives it."""
+    return int((cumulative < share - 1e-6).sum()) + 1
+
+
+def rank_correlation(x, y, permutations=10_000, seed=0):
+    """Spearman's rho of two (n,) tensors, ties sharing their mean rank, and its two-sided p-value, by permuting y (paper Fig. 5).
+
+    Returns (rho, p); p is at least 1 / (permutations + 1). ValueError when a side has no two different values.
+    """
+
+    def centred(values):
+        values = values.double()
+        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+        ranks = below + (equal - 1) / 2
+        if equal[0] == len(values):
+            raise ValueError(f"rank correlation of {len(values)} equal values: they have no order")
+        return F.normalize(ranks - ranks.mean(), dim=0)
+
+    x, y, generator = centred(x), centred(y), torch.Generator().manual_seed(seed)
+    shuffled = torch.stack([y[torch.randperm(len(y), generator=generator)] for _ in range(permutations)])  # (permutations, n)
+    rho = (x @ y).item()
+    return rho, (1 + int(((shuffled @ x).abs() >= abs(rho) - 1e-9).sum())) / (1 + permutations)
+
+
+def attention_density(attention, mass=0.9):
+    """How spread out the summary token's attention to the image tokens is (paper Sec. 3.4, Fig. 6; the two numbers are ours).
+
+    attention: (..., N), not negative, summing to anything above 0. Returns (entropy in nats, log N when uniform; the smallest share of the
+    N tokens that holds `mass` of it), (...) each.
+    """
+    p = attention.double() / attention.double().sum(-1, keepdim=True)
+    held = p.sort(-1, descending=True).values.cumsum(-1)  # (..., N)
+    return torch.special.entr(p).sum(-1), (1 + (held < mass - 1e-6).sum(-1)).double() / p.shape[-1]
+
+
+def nearest_tokens(vectors, table):
+    """The vocabulary embedding nearest to each vector (paper Sec. 5.1): (P, D), (V, D) -> (token ids (P,), cosines (P,))."""
+    cosine = F.normalize(vectors.float(), dim=-1) @ F.normalize(table.float(), dim=-1).T  # (P, V)
+    return cosine.max(-1).indices, cosine.max(-1).values
 
 
 # ------------------------------------------------------------------------------------------------------ Sec. 3.2: losses
@@ -315,6 +358,13 @@ class VladVA(nn.Module):
             model.load_adapter_state(state, adapter)
         return model
 
+    def with_prompts(self, image_prompt, text_prompt):
+        """The same untouched LVLM under other hand prompts; the weights are shared."""
+        if self.adapted:
+            raise ValueError("other hand prompts for an adapted model: its soft prompts have replaced them; take the untouched model")
+        settings = dataclasses.replace(self.settings, image_prompt=image_prompt, text_prompt=text_prompt)
+        return VladVA(self.lvlm, self.tokenizer, self.image_processor, settings, self.name)
+
     # -------------------------------------------------------------------------------------------------- Sec. 3.3: adaptation
 
     def attach(self):
@@ -459,11 +509,19 @@ class VladVA(nn.Module):
         """L = L_con + weight * L_CE of the two terms that `losses` gives."""
         return contrastive + self.settings.next_token_weight * next_token
 
-    @torch.no_grad()
     def encode_image(self, images, batch_size=64, workers=0, read=data.open_image):
-        """PIL pictures or paths -> f_v, (B, D) float32, L2-normalised, on the model's device.
+        """PIL pictures or paths -> f_v, (B, D) float32, L2-normalised, on the model's device. Arguments as image_states'."""
+        return summary_embedding(self.image_states(images, batch_size, workers, read))
 
-        workers: processes that read and preprocess ahead. read: what makes a picture of an item of `images`.
+    def encode_text(self, texts, batch_size=128):
+        """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in the order given."""
+        return summary_embedding(self.text_states(texts, batch_size))
+
+    @torch.no_grad()
+    def image_states(self, images, batch_size=64, workers=0, read=data.open_image, depth=None):
+        """PIL pictures or paths -> the states of their summary tokens, (B, D), which `lvlm.head` turns into next-token logits.
+
+        workers: processes that read and preprocess ahead. read: what makes a picture of an item of `images`. depth: as the decoder's.
         """
         sequence, parts = self.image_sequence(), []
 
@@ -480,12 +538,12 @@ class VladVA(nn.Module):
                 raise pixels
             batch = collate([sequence] * len(pixels), self.tokenizer.pad_id).to(self.lvlm.device)
             embeds = self.embeds(batch, "image", pixels.to(self.lvlm.device))
-            parts.append(summary_embedding(self.lvlm.decoder(embeds, rows=batch.states)))
+            parts.append(self.lvlm.decoder(embeds, rows=batch.states, depth=depth))
         return torch.cat(parts) if parts else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
 
     @torch.no_grad()
-    def encode_text(self, texts, batch_size=128):
-        """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in the order given.
+    def text_states(self, texts, batch_size=128, depth=None):
+        """Strings -> the states of their summary tokens, (B, D), in the order given. depth: as the decoder's.
 
         Batches hold similar lengths, and the tokens that all texts begin with (the template's) go through the decoder once.
         """
@@ -503,8 +561,19 @@ class VladVA(nn.Module):
             prefix = prefix or lvlm_module.Prefix(self.lvlm.decoder, embeds[:1, :shared])
             rows = torch.arange(len(chosen), device=self.lvlm.device) * (width - shared) + batch.summary - shared
             positions = torch.arange(shared, width, device=self.lvlm.device)[None]
-            out[chosen] = summary_embedding(self.lvlm.decoder(embeds[:, shared:], prefix, positions, rows)).to(out.dtype)
+            out[chosen] = self.lvlm.decoder(embeds[:, shared:], prefix, positions, rows, depth).to(out.dtype)
         return out
+
+    @torch.no_grad()
+    def summary_attention(self, image):
+        """Attention of the summary token to the image tokens (paper Sec. 3.4, Fig. 6): a PIL picture or path -> (layers, H, N).
+
+        Each (N,) sums to what the head gives to the picture; the rest of its 1 goes to the other tokens.
+        """
+        batch = collate([self.image_sequence()], self.tokenizer.pad_id).to(self.lvlm.device)
+        embeds = self.embeds(batch, "image", self.image_processor(data.open_image(image))[None].to(self.lvlm.device))
+        seen = (batch.ids[0] == self.tokenizer.placeholder_id).nonzero()[:, 0]  # (N,)
+        return torch.stack([weights[0, :, batch.summary[0]][:, seen] for weights in self.lvlm.decoder.attention_maps(embeds)])
 
     @torch.no_grad()
     def generate_batch(self, images, prompts, max_new_tokens=128, sampling=lvlm_module.GREEDY):

@@ -88,6 +88,22 @@ def test_place_writes_each_row_at_its_own_slot():
     assert embeds.sum() == 0  # a copy
 
 
+def test_plain_attention_equals_the_fused_one_layer_by_layer(lvlm):
+    """Weights that are looked at times values, projected, are what the fused kernel gives; no token looks ahead."""
+    torch.manual_seed(0)
+    embeds = torch.randn(2, 7, lvlm.config.decoder.hidden_size)
+    rotary, x = lvlm.decoder.rotary(embeds), embeds
+    with torch.no_grad():
+        for block, weights in zip(lvlm.decoder.layers, lvlm.decoder.attention_maps(embeds), strict=True):
+            attention, normed = block.self_attn, block.input_layernorm(x)
+            _, _, v = attention.project(normed, rotary)  # (B, G, T, K)
+            mixed = weights @ v.repeat_interleave(attention.heads // attention.kv_heads, 1)
+            torch.testing.assert_close(attention.o_proj(mixed.transpose(1, 2).flatten(2)), attention(normed, rotary), **EXACT)
+            assert weights.triu(1).abs().max() == 0
+            x = block(x, rotary)
+        torch.testing.assert_close(lvlm.decoder.norm(x), lvlm.decoder(embeds), **EXACT)
+
+
 def test_checkpointing_changes_no_gradient(lvlm):
     embeds = torch.randn(2, 6, lvlm.config.decoder.hidden_size)
     gradients = []

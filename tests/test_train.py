@@ -358,6 +358,56 @@ class FakeModel:
                 hidden_size = 4096
 
 
+# ------------------------------------------------------------------------------------------------------ the paper's Table 4
+
+LITTLE = ["--steps", "2", "--eval-gallery", "6", "--eval-items", "2", "--scenes", "20", "--batch", "4"]
+
+
+def test_rows_carry_the_captions_that_their_losses_take(random_folder):
+    """No long caption for a next-token loss of weight 0; with --contrast long Eq. 1 gets the long one."""
+    scenes, row = data.Scenes(0, 8, 96), data.scene_row(0, 3)
+
+    def told(contrast, weight):
+        model = VladVA.from_pretrained(random_folder, settings=Settings(next_token_weight=weight))
+        return training.Steps(model, scenes, TrainConfig(contrast=contrast)).told(row)
+
+    assert [told("short", w)["long"] for w in (1.0, 0.0)] == [row["long"], None]
+    assert [told(which, 0.0)["short"] for which in ("short", "long")] == [row["short"], row["long"]]
+    assert told("long", 1.0) == row | {"short": row["long"]}
+
+
+def test_the_ablation_trains_every_row_and_goes_on_where_it_stopped(random_folder, tmp_path, monkeypatch, capsys):
+    """Runs that are done are read, not trained again; two at a time give what one at a time gives; each row is an ordinary run."""
+    first = run(random_folder, tmp_path / "a", "--ablation", "--seeds", "2", "--jobs", "1", *LITTLE)
+    rows = [training.UNTOUCHED, *training.ABLATION]
+    assert list(first) == rows and all(len(values["Swap"]) == (1 if row == rows[0] else 2) for row, values in first.items())
+    table = (tmp_path / "a" / "ablation.md").read_text()
+    assert table in capsys.readouterr().out and [line.split("|")[1].strip() for line in table.splitlines()[2:]] == rows
+    assert json.loads((tmp_path / "a" / "ablation.json").read_text())["rows"] == first
+    both = training.main(["--model", str(random_folder), "--out", str(tmp_path / "alone"), *LITTLE, "--seed", "1"])
+    wanted = {name: values[1] for name, values in first["LoRA, soft prompts, next-token loss"].items()}
+    assert {name: values[0] for name, values in training.ablated([both["after"]]).items()} == wanted
+    weights = load_file(tmp_path / "a" / "1-seed-0" / "adapter.safetensors")
+    assert not any("lora" in name for name in weights) and "soft_prompt.image" in weights
+    for gone in ("3-seed-1/scores.json", "2-seed-0/scores.json"):
+        (tmp_path / "a" / gone).unlink()
+    trained, train = [], training.train
+    monkeypatch.setattr(training, "train", lambda *a, **k: trained.append(a[0].out) or train(*a, **k))
+    assert run(random_folder, tmp_path / "a", "--ablation", "--seeds", "2", "--jobs", "1", "--resume", *LITTLE) == first
+    assert sorted(Path(out).name for out in trained) == ["2-seed-0", "3-seed-1"]
+    with pytest.raises(SystemExit):
+        run(random_folder, tmp_path / "a", "--ablation", *LITTLE)
+    assert "another ablation" in capsys.readouterr().err
+
+
+def test_two_runs_of_the_ablation_at_a_time_give_what_one_gives(random_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "ABLATION", dict(list(training.ABLATION.items())[1:3]))
+    one, two = (run(random_folder, tmp_path / jobs, "--ablation", "--seeds", "1", "--jobs", jobs, *LITTLE) for jobs in ("1", "2"))
+    for row, values in one.items():
+        for name, value in values.items():
+            assert two[row][name] == pytest.approx(value, rel=1e-4), (row, name)  # another number of threads adds up in another order
+
+
 # ------------------------------------------------------------------------------------------------------ nothing lost
 
 

@@ -159,6 +159,42 @@ def test_cumulative_variance_of_rank_one_and_of_isotropic_embeddings():
         vladva.cumulative_variance(torch.ones(4, 3))
 
 
+def test_components_for_a_share_of_the_variance_in_closed_form():
+    """Rank one needs one component; ten equal ones need nine for 90 %, on whichever side rounding falls."""
+    assert vladva.components_for(vladva.cumulative_variance(torch.outer(torch.arange(5.0), torch.ones(3)))) == 1
+    equal = torch.cat([torch.eye(10), -torch.eye(10)])
+    assert [vladva.components_for(vladva.cumulative_variance(equal), share) for share in (0.05, 0.1, 0.9, 1.0)] == [1, 1, 9, 10]
+
+
+def test_rank_correlation_in_closed_form_and_against_pearson_on_ranks():
+    x = torch.tensor([3.0, 1.0, 2.0, 10.0, 7.0, 8.0, 9.0])
+    rho, p = vladva.rank_correlation(x, x.exp())
+    assert rho == pytest.approx(1) and 1 / 10_001 <= p < 0.01
+    assert vladva.rank_correlation(x, -x)[0] == pytest.approx(-1)
+    tied = torch.tensor([1.0, 1.0, 2.0, 3.0])  # ranks .5 .5 2 3 (from 0), against 0 1 2 3
+    assert vladva.rank_correlation(tied, torch.arange(4.0))[0] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    torch.manual_seed(0)
+    apart = [vladva.rank_correlation(torch.randn(12), torch.randn(12), permutations=500)[1] for _ in range(40)]
+    assert 0.3 < sum(apart) / 40 < 0.7  # p is uniform where there is no correlation
+    with pytest.raises(ValueError, match="equal values"):
+        vladva.rank_correlation(torch.ones(3), torch.arange(3.0))
+
+
+def test_attention_density_of_uniform_of_pointed_and_of_scaled_maps():
+    uniform, pointed = torch.full((2, 20), 0.01), torch.eye(20)[:1]
+    entropy, share = vladva.attention_density(uniform)
+    assert entropy.tolist() == pytest.approx([math.log(20)] * 2) and share.tolist() == [0.9, 0.9]
+    entropy, share = vladva.attention_density(pointed)
+    assert (entropy.item(), share.item()) == (0, 1 / 20)
+    assert vladva.attention_density(torch.tensor([0.3, 0.15, 0.05]))[1].item() == pytest.approx(2 / 3)  # the two largest hold exactly 90 %
+
+
+def test_nearest_tokens_go_by_angle_not_by_length():
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, 0.1]])
+    ids, cosine = vladva.nearest_tokens(torch.tensor([[0.1, 0.0], [3.0, 4.0], [-1.0, 0.0]]), table)
+    assert ids.tolist() == [0, 1, 2] and cosine.tolist() == pytest.approx([1, 0.8, 1], abs=1e-4)
+
+
 def test_embeddings_have_length_one_and_similarity_is_the_cosine(random_model, scene_rows):
     image_emb, text_emb = random_model.encode_image([scene_rows[0]["image"]]), random_model.encode_text(["a red circle", "a blue ring"])
     assert torch.cat([image_emb, text_emb]).norm(dim=-1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
@@ -238,6 +274,47 @@ def test_refused_texts(random_model, text, message):
 def test_one_string_instead_of_a_list_is_refused(random_model):
     with pytest.raises(ValueError, match="list of strings"):
         random_model.encode_text("a red circle")
+
+
+def test_embeddings_of_a_layer_are_the_states_behind_it(random_model, scene_rows):
+    """Up to the last layer without the final norm; the last with it, as the embeddings themselves."""
+    pictures, texts = [row["image"] for row in scene_rows[:2]], ["a red circle", "a blue square left of a star"]
+    layers = random_model.lvlm.decoder.layers
+    states = []
+    handle = layers[0].register_forward_hook(lambda block, inputs, out: states.append(out))
+    random_model.encode_image(pictures)
+    handle.remove()
+    summary = random_model.image_sequence().summary
+    torch.testing.assert_close(random_model.image_states(pictures, depth=1), states[0][:, summary], **ROUNDING)
+    for one, other in ((random_model.image_states, random_model.encode_image), (random_model.text_states, random_model.encode_text)):
+        items = pictures if one == random_model.image_states else texts
+        assert torch.equal(vladva.summary_embedding(one(items, depth=len(layers))), other(items))
+    alone = torch.cat([random_model.text_states([text], depth=1) for text in texts])
+    torch.testing.assert_close(random_model.text_states(texts, depth=1), alone, **ROUNDING)
+
+
+def test_other_hand_prompts_are_those_of_a_model_made_with_them(random_folder, random_model, scene_rows):
+    prompts = {"image_prompt": "Name one thing in the image.", "text_prompt": "The text in one word:"}
+    asked = VladVA.from_pretrained(random_folder).with_prompts(**prompts)
+    made = VladVA.from_pretrained(random_folder, settings=Settings(**prompts))
+    assert torch.equal(asked.encode_text(["a red circle"]), made.encode_text(["a red circle"]))
+    assert torch.equal(asked.encode_image([scene_rows[0]["image"]]), made.encode_image([scene_rows[0]["image"]]))
+    with pytest.raises(ValueError, match="soft prompts have replaced"):
+        random_model.with_prompts(**prompts)
+
+
+def test_the_summary_tokens_attention_covers_the_picture_and_no_later_token(random_model, scene_rows):
+    """A map per layer and head over the image tokens alone; what it lacks to 1 goes to the other tokens up to the summary token."""
+    picture, config = scene_rows[0]["image"], random_model.lvlm.config
+    maps = random_model.summary_attention(picture)
+    assert maps.shape == (config.decoder.num_hidden_layers, config.decoder.num_attention_heads, config.num_image_tokens)
+    batch = vladva.collate([random_model.image_sequence()], 0)
+    embeds = random_model.embeds(batch, "image", random_model.image_processor(picture)[None])
+    whole = torch.stack([weights[0, :, -1] for weights in random_model.lvlm.decoder.attention_maps(embeds)])  # (layers, H, T)
+    slot = random_model.image_sequence().image_slot
+    torch.testing.assert_close(maps, whole[..., slot : slot + config.num_image_tokens])
+    torch.testing.assert_close(whole.sum(-1), torch.ones(whole.shape[:2]))
+    assert (maps.sum(-1) < 1).all() and maps.min() > 0
 
 
 # ------------------------------------------------------------------------------------------------------ Sec. 3.3
