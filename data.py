@@ -662,11 +662,11 @@ def few_words(scene, rng):
     return ", ".join(" ".join(thing.kind) for thing in rng.sample(scene.things, 2))
 
 
-def question(scene, rng):
+def question(scene, rng, attributes=ATTRIBUTES):
     """A (question, answer) about the scene: where an object is, or what is at a place."""
     thing = rng.choice(scene.things)
-    name = " ".join(thing.kind)
-    return rng.choice(((f"where is the {name}?", POSITIONS[thing.cell]), (f"what is at the {POSITIONS[thing.cell]}?", thing.phrase())))
+    name, place = " ".join(thing.kind), POSITIONS[thing.cell]
+    return rng.choice(((f"where is the {name}?", place), (f"what is at the {place}?", thing.phrase(attributes))))
 
 
 # Hard negatives after SugarCrepe: one edit makes the caption false of the scene and leaves its wording alone. "_pos" are this project's

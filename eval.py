@@ -681,7 +681,7 @@ def summary_measures(model, pictures, captions):
         entropy = torch.cat([output_entropy(model.lvlm.head(part.to(model.lvlm.compute_dtype))) for part in state.split(256)])
         variance = cumulative_variance(summary_embedding(state))
         measures |= {f"{modality} entropy": entropy.mean().item(), f"{modality} components": components_for(variance)}
-        measures[f"{modality} variance"] = variance.tolist()
+        measures[f"{modality} variance"] = [round(share, 4) for share in variance.tolist()]
     return measures | recall_both(*map(summary_embedding, states.values()))
 
 
@@ -708,17 +708,17 @@ def run_prompts(model, args):
 def draw_prompts(plt, results):
     """Entropy a prompt pair, cumulative variance coloured by entropy, retrieval against entropy."""
     rows, colour = results["prompts"], plt.get_cmap("viridis")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
     top, ranks = max(row["entropy"] for row in rows), range(1, len(rows) + 1)
     for modality, marker in (("image", "o"), ("text", "^")):
-        left.plot(ranks, [row[f"{modality} entropy"] for row in rows], marker, markersize=4, label=modality)
+        left.plot(ranks, [row[f"{modality} entropy"] for row in rows], marker, markersize=3, label=modality)
         right.scatter([row["entropy"] for row in rows], [row[f"{modality} to {'text' if modality == 'image' else 'image'} R@1"] for row in rows],
-                      marker=marker, s=16, label=f"{modality} query")  # fmt: skip
+                      marker=marker, s=12, label=f"{modality} query")  # fmt: skip
     left.set(title="entropy of the next token (Fig. 2)", xlabel="prompt pairs, by mean entropy", ylabel="nats")
     for row in rows:
         middle.plot(row["image variance"][:40], color=colour(row["entropy"] / top), linewidth=0.8)
     middle.axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
-    middle.set(title="cumulative variance, pictures (Fig. 3)", xlabel="principal component, from 0", ylabel="share of the variance")
+    middle.set(title="cumulative variance, images (Fig. 3)", xlabel="principal component, from 0", ylabel="share of the variance")
     figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), colour), ax=middle, label="entropy (nats)")
     rho = results["correlations"].get("entropy and R@1", {}).get("rho", math.nan)
     right.set(title=f"zero-shot retrieval (Fig. 5), rho = {rho:.2f}", xlabel="entropy (nats)", ylabel="R@1 (percent)")
@@ -727,7 +727,7 @@ def draw_prompts(plt, results):
     return figure
 
 
-def run_tokens(model, args, shown=3, top=8):
+def run_tokens(model, args, shown=3, top=6):
     """Fig. 4 and Sec. 3.4: the likeliest next tokens at the summary token, entropy, and spread of the embeddings, before and after."""
     pictures, captions = testbed(model, args)
     results = {"pictures": len(pictures), "captions": captions[:shown], "measures": {}, "tokens": {}}
@@ -751,21 +751,21 @@ def run_tokens(model, args, shown=3, top=8):
 def draw_tokens(plt, results, pictures):
     """A row a picture: the picture, and the likeliest tokens of it and of its caption, before and after."""
     columns = [(when, modality) for when in results["tokens"] for modality in ("image", "text")]
-    figure, axes = plt.subplots(len(pictures), 1 + len(columns), figsize=(3.2 * (1 + len(columns)), 2.4 * len(pictures)), layout="constrained")
+    figure, axes = plt.subplots(len(pictures), 1 + len(columns), figsize=(9.5, 1.8 * len(pictures)), layout="constrained")
     for number, (line, picture, caption) in enumerate(zip(axes.reshape(len(pictures), -1), pictures, results["captions"])):
         line[0].imshow(data.open_image(picture))
-        line[0].set_title(textwrap.fill(caption, 34), fontsize=8)
+        line[0].set_title(textwrap.fill(caption, 24), fontsize=7)
         line[0].axis("off")
         for axis, (when, modality) in zip(line[1:], columns):
             words, shares = zip(*results["tokens"][when][modality][number])
             axis.barh(range(len(words)), [100 * share for share in shares], color="C0" if when == "before" else "C1")
-            axis.set_yticks(range(len(words)), [word.strip() or repr(word) for word in words], fontsize=8)
+            axis.set_yticks(range(len(words)), [word.strip() or repr(word) for word in words])
             axis.invert_yaxis()
-            axis.set_title(f"{when}, {modality}: next token (percent)", fontsize=9)
+            axis.set_title(f"{when}, {modality} (percent)")
     return figure
 
 
-def run_attention(model, args, heads_a_layer=2):
+def run_attention(model, args):
     """Fig. 6: attention of the summary token to the image tokens, its density over all heads, before and after; drawn for the first picture."""
     pictures, _ = testbed(model, args)
     results, maps = {"pictures": len(pictures), "density": {}}, {}
@@ -782,9 +782,9 @@ def run_attention(model, args, heads_a_layer=2):
     names = list(results["density"]["before"])
     say(format_table(["mean over heads and pictures", *maps], [[n, *(f"{d[n]:.3f}" for d in results["density"].values())] for n in names]))
     say(f"entropy of a uniform map: {results['entropy when uniform']:.3f}")
-    mass = maps["before"].sum(-1)  # (layers, H): the heads that look at the picture most before adaptation are drawn
+    mass = maps["before"].sum(-1)  # (layers, H): the head of a layer that looks at the picture most before adaptation is drawn
     layers = torch.linspace(0, len(mass) - 1, min(4, len(mass))).round().long().tolist()
-    chosen = [(layer, head) for layer in layers for head in mass[layer].topk(min(heads_a_layer, mass.shape[1])).indices.sort().values.tolist()]
+    chosen = [(layer, mass[layer].argmax().item()) for layer in layers]
     return results, functools.partial(draw_attention, maps=maps, chosen=chosen, pixels=seen_picture(model, pictures[0]))
 
 
@@ -797,18 +797,18 @@ def seen_picture(model, picture):
 
 def draw_attention(plt, results, maps, chosen, pixels):
     """A row before and one after, a column a head: its map over the greyed picture, with the share of patches that holds 90 % of the mass."""
-    figure, axes = plt.subplots(len(maps), 1 + len(chosen), figsize=(1.6 * (1 + len(chosen)), 2.1 * len(maps)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(maps), 1 + len(chosen), figsize=(1.9 * (1 + len(chosen)), 2.3 * len(maps)), layout="constrained", squeeze=False)
     side, gray = math.isqrt(next(iter(maps.values())).shape[-1]), pixels.mean(-1)
     extent = (0, gray.shape[1], gray.shape[0], 0)
     for line, (when, weights) in zip(axes, maps.items()):
         line[0].imshow(pixels)
-        line[0].set_title(when, fontsize=9)
+        line[0].set_title(when)
         for axis, (layer, head) in zip(line[1:], chosen):
             one = weights[layer, head]
             axis.imshow(gray, cmap="gray", vmin=0, vmax=1)
             axis.imshow((one.view(side, side) / one.max()).numpy(), cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=1)
             _, share = attention_density(one)
-            axis.set_title(f"layer {layer + 1}, head {head + 1}\n90 % in {100 * share:.0f} % of patches", fontsize=7)
+            axis.set_title(f"layer {layer + 1}, head {head + 1}\n90 % in {100 * share:.0f} % of patches")
         for axis in line:
             axis.axis("off")
     return figure
@@ -831,10 +831,10 @@ def run_soft_prompts(model, args):
 
 def draw_soft_prompts(plt, results):
     """Cosine of each learned vector with its nearest token, which stands below; in orange where it is not the hand prompt's."""
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 3), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(results), figsize=(4.7 * len(results), 2.6), layout="constrained", squeeze=False)
     for axis, (modality, rows) in zip(axes[0], results.items()):
         axis.bar(range(len(rows)), [c for _, _, c in rows], color=["C0" if hand == near else "C1" for hand, near, _ in rows])
-        axis.set_xticks(range(len(rows)), [near.strip() or repr(near) for _, near, _ in rows], rotation=45, ha="right", fontsize=8)
+        axis.set_xticks(range(len(rows)), [near.strip() or repr(near) for _, near, _ in rows], rotation=45, ha="right")
         axis.set(title=f"{modality} soft prompt", ylabel="cosine with its nearest token")
     return figure
 
@@ -859,13 +859,13 @@ def run_layers(model, args):
 
 def draw_layers(plt, results):
     """A line a score over the layers, dashed before, solid after."""
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
     for when, rows in results["layers"].items():
         for n, name in enumerate(rows[0]):
             line = "--" if when == "before" else "-"
             axis.plot(range(1, len(rows) + 1), [row[name] for row in rows], line, color=f"C{n}", marker="o", markersize=3, label=f"{name}, {when}")
     axis.set(xlabel="decoder layer that the embedding is taken from", ylabel="percent", xticks=range(1, len(rows) + 1))
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -897,13 +897,13 @@ def run_generation(args):
 
 def draw_generation(plt, results, pictures):
     """A row a picture with the answers to the first prompt."""
-    figure, axes = plt.subplots(len(pictures), 2, figsize=(12, 2.6 * len(pictures)), width_ratios=(1, 5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(pictures), 2, figsize=(9.5, 1.7 * len(pictures)), width_ratios=(1, 6), layout="constrained", squeeze=False)
     for number, ((shown, told), picture) in enumerate(zip(axes, pictures)):
         shown.imshow(data.open_image(picture))
         text = "\n".join(
-            textwrap.fill(f"{name}: {answers[number][0]}", 130, subsequent_indent="    ") for name, answers in results["answers"].items()
+            textwrap.fill(f"{name}: {answers[number][0]}", 122, subsequent_indent="    ") for name, answers in results["answers"].items()
         )
-        told.text(0, 1, f"{results['prompts'][0]}\n\n{text}", va="top", fontsize=9)
+        told.text(0, 1, f"{results['prompts'][0]}\n\n{text}", va="top")
         for axis in (shown, told):
             axis.axis("off")
     return figure
@@ -935,8 +935,9 @@ def save_picture(path, draw):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = draw(pyplot)
-    figure.savefig(path, dpi=130)
+    with pyplot.rc_context({"font.size": 8, "axes.titlesize": 8}):
+        figure = draw(pyplot)
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
     say(f"written: {path}")
 

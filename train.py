@@ -909,21 +909,19 @@ def ablation_table(table):
 
 def draw_ablation(plt, table, curves):
     """Bars a column with every run as a dot, and the contrastive loss of the first seed's runs."""
-    columns = list(table[UNTOUCHED])
-    size, shares = (2.1 * len(columns) + 4, 3.6), [1] * len(columns) + [2]
-    figure, axes = plt.subplots(1, len(columns) + 1, figsize=size, width_ratios=shares, layout="constrained")
-    colours = [f"C{n}" for n in range(len(table))]
-    for axis, column in zip(axes, columns):
+    columns, colours = list(table[UNTOUCHED]), [f"C{n}" for n in range(len(table))]
+    half = -(-len(columns) // 2)
+    rows = [[*columns[:half], "curves"], [*columns[half:], *["."] * (2 * half - len(columns)), "curves"]]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(9.5, 4.4), width_ratios=[1] * half + [1.5], layout="constrained")
+    for column in columns:
         for place, (row, values) in enumerate(table.items()):
-            axis.bar(place, sum(values[column]) / len(values[column]), color=colours[place], alpha=0.6, label=row)
-            axis.plot([place] * len(values[column]), values[column], "k.", markersize=3)
-        axis.set_title(column.replace(", ", ",\n"), fontsize=9)
-        axis.set_ylabel("nats" if "nats" in column else "percent", fontsize=8)
-        axis.set_xticks([])
+            axes[column].bar(place, sum(values[column]) / len(values[column]), color=colours[place], alpha=0.6, label=row)
+            axes[column].plot([place] * len(values[column]), values[column], "k.", markersize=3)
+        axes[column].set(title=column, ylabel="nats" if "nats" in column else "percent", xticks=[])
     for colour, metrics in zip(colours[1:], curves.values()):
-        axes[-1].plot([m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour)
-    axes[-1].set(title="contrastive loss, first seed (nats)", xlabel="step", yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        axes["curves"].plot([m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour)
+    axes["curves"].set(title="contrastive loss, first seed (nats)", xlabel="step", yscale="log")
+    figure.legend(*axes[columns[0]].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

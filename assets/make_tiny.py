@@ -276,11 +276,11 @@ def image_turns(scene, rng):
     if kind == "brief":
         return [(ask_for("brief", "image", rng), str(brief_caption(scene, rng)))]
     if kind == "few":
-        return [(ask_for("few", "image", rng), data.few_words(scene, rng)), data.question(scene, rng)]
+        return [(ask_for("few", "image", rng), data.few_words(scene, rng)), question(scene, rng)]
     if kind == "questions":
-        return [data.question(scene, rng) for _ in range(4)]
+        return [question(scene, rng) for _ in range(4)]
     if kind == "one":
-        return [(ask_for("one", "image", rng), data.one_word(scene, rng)), data.question(scene, rng), data.question(scene, rng)]
+        return [(ask_for("one", "image", rng), data.one_word(scene, rng)), question(scene, rng), question(scene, rng)]
     return [(ask_for("one", "image", rng), ""), ("Describe the image in detail.", full_caption(scene, rng))]
 
 
@@ -292,6 +292,11 @@ def brief_caption(scene, rng, style=None, mentions=None):
 def full_caption(scene, rng):
     """A long caption without what is held out."""
     return data.long_caption(scene, rng, attributes=(), related=False)
+
+
+def question(scene, rng):
+    """A question whose answer says nothing that is held out."""
+    return data.question(scene, rng, attributes=())
 
 
 def text_turns(scene, rng):
@@ -306,7 +311,7 @@ def text_turns(scene, rng):
         "brief": lambda: str(data.paraphrase(caption, rng)),
         "list": lambda: ", ".join(" ".join(t.kind) for t in told.things),
     }[family]()
-    return [(f"{ask} {caption}", answer)] + ([data.question(told, rng)] if caption.positions else [])
+    return [(f"{ask} {caption}", answer)] + ([question(told, rng)] if caption.positions else [])
 
 
 def caption_word(caption, rng):

@@ -377,7 +377,9 @@ def test_rows_carry_the_captions_that_their_losses_take(random_folder):
 
 
 def test_the_ablation_trains_every_row_and_goes_on_where_it_stopped(random_folder, tmp_path, monkeypatch, capsys):
-    """Runs that are done are read, not trained again; two at a time give what one at a time gives; each row is an ordinary run."""
+    """Runs that are done are read, not trained again; each row is an ordinary run."""
+    names = list(training.ABLATION)
+    monkeypatch.setattr(training, "ABLATION", {name: training.ABLATION[name] for name in (names[0], names[3])})
     first = run(random_folder, tmp_path / "a", "--ablation", "--seeds", "2", "--jobs", "1", *LITTLE)
     rows = [training.UNTOUCHED, *training.ABLATION]
     assert list(first) == rows and all(len(values["Swap"]) == (1 if row == rows[0] else 2) for row, values in first.items())
@@ -389,19 +391,19 @@ def test_the_ablation_trains_every_row_and_goes_on_where_it_stopped(random_folde
     assert {name: values[0] for name, values in training.ablated([both["after"]]).items()} == wanted
     weights = load_file(tmp_path / "a" / "1-seed-0" / "adapter.safetensors")
     assert not any("lora" in name for name in weights) and "soft_prompt.image" in weights
-    for gone in ("3-seed-1/scores.json", "2-seed-0/scores.json"):
+    for gone in ("1-seed-1/scores.json", "2-seed-0/scores.json"):
         (tmp_path / "a" / gone).unlink()
     trained, train = [], training.train
     monkeypatch.setattr(training, "train", lambda *a, **k: trained.append(a[0].out) or train(*a, **k))
     assert run(random_folder, tmp_path / "a", "--ablation", "--seeds", "2", "--jobs", "1", "--resume", *LITTLE) == first
-    assert sorted(Path(out).name for out in trained) == ["2-seed-0", "3-seed-1"]
+    assert sorted(Path(out).name for out in trained) == ["1-seed-1", "2-seed-0"]
     with pytest.raises(SystemExit):
         run(random_folder, tmp_path / "a", "--ablation", *LITTLE)
     assert "another ablation" in capsys.readouterr().err
 
 
 def test_two_runs_of_the_ablation_at_a_time_give_what_one_gives(random_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "ABLATION", dict(list(training.ABLATION.items())[1:3]))
+    monkeypatch.setattr(training, "ABLATION", dict(list(training.ABLATION.items())[3:]))
     one, two = (run(random_folder, tmp_path / jobs, "--ablation", "--seeds", "1", "--jobs", jobs, *LITTLE) for jobs in ("1", "2"))
     for row, values in one.items():
         for name, value in values.items():
