@@ -920,7 +920,7 @@ def draw_ablation(plt, table, curves):
         axes[column].set(title=column, ylabel="nats" if "nats" in column else "percent", xticks=[])
     for colour, metrics in zip(colours[1:], curves.values()):
         axes["curves"].plot([m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour)
-    axes["curves"].set(title="contrastive loss, first seed (nats)", xlabel="step", yscale="log")
+    axes["curves"].set(title="contrastive loss, first seed (nats)", xlabel="step", ylim=(0, None))
     figure.legend(*axes[columns[0]].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
