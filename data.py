@@ -20,17 +20,19 @@ import os
 import random
 import shutil
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from model import read_json, shard_files, write_json
+from model import DTYPES, ranks, read_json, shard_files, write_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -813,3 +815,44 @@ def scene_row(seed, index, size=96):
     while is_true(short, sibling):
         short = short_caption(scene, rng)
     return {"image": render(scene, size), "short": str(short), "long": long_caption(scene, rng)}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def command(main):
+    """Decorator of every command line here: a ValueError is the user's, so it ends in one line on stderr and exit code 2."""
+
+    def run(argv=None):
+        try:
+            return main(argv)
+        except ValueError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return run
+
+
+def say(*words):
+    """Print, in the first process only."""
+    if ranks()[0] == 0:
+        print(*words, flush=True)
+
+
+def format_table(header, rows):
+    """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
+    table = [header, *rows]
+    widths = [max(len(row[c]) for row in table) for c in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def add_model_flags(parser):
+    """--model --adapter --device --dtype, the same for every script that takes a model."""
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(NAMES)}, a folder in their layout, or a hub id (default: tiny)")
+    parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one)")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: bfloat16 on cuda, on the cpu float32 if it fits well)")

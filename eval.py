@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import read_json
-from vladva import add_model_flags, command, encode_over_ranks, format_table, load_model, ranks, say, similarity, sum_over_ranks
+from data import add_model_flags, command, format_table, say
+from model import encode_over_ranks, ranks, read_json, sum_over_ranks
+from vladva import load_model, similarity
 
 DEV_SEED, TEST_SEED = 1000, 2000  # settings are chosen on the scenes of DEV_SEED, results are reported on those of TEST_SEED
 CHANCE = {"negatives": 50.0, "ITT": 100 / 3, "TOT": 100 / 3, "text": 25.0, "image": 25.0, "group": 100 / 6}  # percent

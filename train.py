@@ -37,27 +37,22 @@ from tqdm import tqdm
 
 import data
 import eval as benchmarks
-from model import open_shard, read_json, write_json, write_tensors
-from vladva import (
-    E5V,
-    ChunkedCrossEntropy,
-    Outputs,
-    Settings,
-    VladVA,
-    command,
+from data import command, say
+from model import (
     encode_over_ranks,
     free_bytes,
     gather_rows,
     join_ranks,
+    open_shard,
     pick_device,
-    pick_dtype,
     ranks,
-    read_adapter,
-    say,
-    similarity,
+    read_json,
     sum_over_ranks,
     wait_for_ranks,
+    write_json,
+    write_tensors,
 )
+from vladva import E5V, ChunkedCrossEntropy, Outputs, Settings, VladVA, pick_dtype, read_adapter, similarity
 
 
 @dataclass(frozen=True)
