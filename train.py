@@ -124,11 +124,12 @@ def adapt(model, rows, config, out):
     peaks = [group["lr"] for group in optimizer.param_groups]
     done = load_checkpoint(out, model, optimizer)
     rate = matmul_rate(model.lvlm.device, model.lvlm.compute_dtype)
-    stop, bad = StopSignals(), BadRows(out, config, len(rows))
+    stop, bad, cut = StopSignals(), BadRows(out, config, len(rows)), 0
     with stop, Metrics(out / "metrics.jsonl", done) as metrics, tqdm(total=config.steps, initial=done, desc="adapting", disable=hidden_bar()) as bar:
         start = time.perf_counter()
         for step, drawn in enumerate(loader(model, rows, config, done + 1), start=done + 1):
             bad.count(drawn.bad)
+            cut += drawn.cut
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, config)
             measured = {name: value.item() for name, value in optimisation_step(model, drawn.parts, optimizer, config).items()}
@@ -146,6 +147,9 @@ def adapt(model, rows, config, out):
             if stopped and step < config.steps:
                 say(f"stopped by a signal after step {step} of {config.steps}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
+    cut = int(sum_over_ranks(torch.tensor(cut, device=model.lvlm.device)))
+    if cut:
+        say(f"{cut} times a caption of over {' or '.join(f'{r[-1]} tokens ({s})' for s, r in data.LIMITS.items())} was cut")
 
 
 def optimisation_step(model, parts, optimizer, config):
@@ -268,6 +272,7 @@ class Drawn:
     parts: list
     where: list
     bad: list
+    cut: int = 0  # captions over the paper's length, of which the beginning is used
 
 
 class Steps:
@@ -302,7 +307,7 @@ class Steps:
         usable.sort(key=lambda row: len(row["long"] or ""))
         size = self.config.micro_batch or len(usable) or 1
         parts = [self.model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
-        return Drawn(parts, [row["where"] for row in usable], bad)
+        return Drawn(parts, [row["where"] for row in usable], bad, sum(row.get("cut", 0) for row in usable))
 
 
 def loader(model, rows, config, first):

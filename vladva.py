@@ -666,7 +666,7 @@ def load_model(args):
 
 def is_picture(argument):
     """Does a command-line argument name a picture rather than say a text?"""
-    return Path(argument).is_file() or Path(argument).suffix.lower() in (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+    return Path(argument).is_file() or Path(argument).suffix.lower() in data.PICTURES
 
 
 @command
