@@ -278,10 +278,10 @@ SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)""")
 
 def cut(text, side, tokenizer):
     """The caption, or its beginning where it has more tokens than LIMITS[side]: up to the last sentence end within them, else to a word's end."""
-    limits, ends = LIMITS[side], [end for _, end in tokenizer.plain([text])[0].offsets]
-    if len(ends) <= limits[-1]:
+    limits, (encoding,) = LIMITS[side], tokenizer.plain([text])
+    if len(encoding) <= limits[-1]:
         return text
-    most, least = ends[limits[-1] - 1], ends[limits[0] - 1]  # characters
+    least, most = encoding.offsets[limits[0] - 1][1], min(encoding.offsets[limits[-1] - 1][1], encoding.offsets[limits[-1]][0])  # characters
     sentences = [m.end() for m in SENTENCE_END.finditer(text) if least <= m.end() <= most]
     words = [m.start() for m in re.finditer(r"\s+", text[: most + 1]) if m.start() > 0]
     return text[: [most, *words, *sentences][-1]]
@@ -324,6 +324,18 @@ def parse_pair(line, where, folder):
     if not path.is_file():
         raise BadRow(f"{where}: picture {path} not found")
     return {"image": path, "short": row["short"], "long": row["long"], "where": where}
+
+
+def lines_of(path):
+    """The lines of a file, as text. One ends at a line feed alone; what is not UTF-8 is replaced."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        yield from file
+
+
+def line_at(file, starts, number):
+    """Line `number` of an open file, as lines_of gives it; safe to call from several processes at once. starts: its line_index."""
+    start, end = starts[number : number + 2].tolist()
+    return os.pread(file.fileno(), end - start, start).decode("utf-8", errors="replace")
 
 
 def line_starts(path, chunk=1 << 22):
@@ -384,9 +396,8 @@ class Pairs:
             raise ValueError(f"{path}: {len(self)} usable rows ({len(self.bad)} bad); at least 2 are needed{why}")
 
     def line(self, number):
-        """The text of line `number`, counted from 0; safe to call from several processes at once."""
-        start, end = self.starts[number : number + 2].tolist()
-        return os.pread(self.file.fileno(), end - start, start).decode("utf-8", errors="replace")
+        """The text of line `number`, counted from 0."""
+        return line_at(self.file, self.starts, number)
 
     def good(self, number, decode, on_bad):
         """Is this line a usable row? A blank one is none, without being bad."""
@@ -528,38 +539,24 @@ class Joined:
 
 
 class JsonStream:
-    """A JSON file read in pieces: what is held is a window of it, one piece or one value wide. ValueError where it is not JSON."""
+    """A JSON file read in pieces: what is held is a window of it, a chunk or one value wide. It does not look whether commas are missing."""
 
-    LARGEST = 1 << 26  # characters of one value
+    BETWEEN, LARGEST = re.compile(r"[\s,:]*"), 1 << 26  # what stands between values; characters of one value
 
-    def __init__(self, path, chunk):
-        self.path, self.file, self.chunk = path, open(path, encoding="utf-8-sig"), chunk
-        self.window, self.at, self.ended = "", 0, False
+    def __init__(self, file, chunk):
+        self.file, self.chunk, self.window, self.at, self.ended = file, chunk, "", 0, False
 
     def refill(self):
-        """Let go of what was read, and read a piece more, or as much again as is still there."""
+        """Let go of what was read, and read a chunk more, or as much again as is still there."""
         more = self.file.read(max(self.chunk, len(self.window) - self.at))
         self.window, self.at, self.ended = self.window[self.at :] + more, 0, not more
 
-    def fault(self, wanted):
-        return ValueError(f"{self.path} is not JSON: wanted {wanted} at {self.window[self.at : self.at + 60]!r}")
-
     def peek(self):
-        """The next character that is not blank, "" at the end."""
-        while True:
-            while self.window[self.at : self.at + 1].isspace():
-                self.at += 1
-            if self.at < len(self.window) or self.ended:
-                return self.window[self.at : self.at + 1]
+        """The character that the next value begins with, "" at the end."""
+        while (at := self.BETWEEN.match(self.window, self.at).end()) == len(self.window) and not self.ended:
             self.refill()
-
-    def take(self, *wanted):
-        """Step over the next character that is not blank and return it; it must be one of some."""
-        found = self.peek()
-        if found not in wanted:
-            raise self.fault(" or ".join(wanted))
-        self.at += 1
-        return found
+        self.at = at
+        return self.window[at : at + 1]
 
     def value(self):
         """The next value, whole. One that ends with the window may go on behind it, as numbers do."""
@@ -571,35 +568,30 @@ class JsonStream:
                     self.at = end
                     return value
             if self.ended or len(self.window) - self.at > self.LARGEST:
-                raise self.fault("a whole value")
+                raise ValueError(f"{self.file.name} is not JSON: no whole value at {self.window[self.at : self.at + 60]!r}")
             self.refill()
 
-    def members(self, first, last):
-        """Stand before each member of an array or object in turn."""
-        self.take(first)
-        mark = "," if self.peek() != last else self.take(last)
-        while mark == ",":
+    def members(self, last):
+        """Stand before each member of the array or object that begins here, in turn; then behind its last bracket."""
+        self.at += 1
+        while self.peek() != last:
             yield
-            mark = self.take(",", last)
+        self.at += 1
 
 
 def json_items(path, chunk=1 << 20):
     """Every (None, element) of a JSON array; of an object every (key, element) of its arrays and (key, value) of what is no array.
 
-    The file is never in memory as a whole.
+    The file is never in memory as a whole. ValueError where it is not JSON.
     """
-    stream = JsonStream(path, chunk)
-    with stream.file:
-        if stream.peek() == "{":
-            for _ in stream.members("{", "}"):
-                key, _ = stream.value(), stream.take(":")
-                for _ in stream.members("[", "]") if stream.peek() == "[" else (None,):
-                    yield key, stream.value()
-        else:
-            for _ in stream.members("[", "]"):
-                yield None, stream.value()
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        stream = JsonStream(file, chunk)
+        for _ in stream.members("}") if stream.peek() == "{" else (None,):
+            key = stream.value() if stream.peek() == '"' else None
+            for _ in stream.members("]") if stream.peek() == "[" else (None,):
+                yield key, stream.value()
         if stream.peek():
-            raise stream.fault("the end of the file")
+            raise ValueError(f"{path} is not JSON: it goes on behind its end with {stream.window[stream.at : stream.at + 60]!r}")
 
 
 def conversations(path):
@@ -659,7 +651,7 @@ SCHEMAS = {  # of JSON files: where the rows stand (None: the file is an array),
     "Karpathy": ("images", "sentences", karpathy_captions),
     "COCO captions": ("annotations", "caption", coco_captions),
 }
-BROKEN_ROW = (KeyError, TypeError, AttributeError, IndexError, csv.Error, UnicodeDecodeError)  # what a row in no known form raises
+BROKEN_ROW = (KeyError, TypeError, AttributeError, IndexError, csv.Error, UnicodeDecodeError, OSError)  # what a row in no known form raises
 
 
 def schema_of(path):
@@ -687,7 +679,8 @@ class Source:
 
     def __init__(self, spec):
         side, rest = spec.split(":", 1) if spec.startswith(("short:", "long:")) else (None, spec)
-        file, folder = (rest, None) if os.path.exists(rest) or "@" not in rest else rest.rsplit("@", 1)
+        readings = [(rest, None)] + [(rest[: m.start()], rest[m.end() :]) for m in re.finditer("@", rest)]  # a file's name may hold one too
+        file, folder = next((reading for reading in readings if os.path.exists(reading[0])), readings[-1])
         self.path = Path(file)
         if not self.path.exists():
             raise ValueError(f"{file}: no such file or folder; a SOURCE is [short:|long:]FILE[@FOLDER OF ITS PICTURES]")
@@ -756,6 +749,7 @@ def new_file(path):
 
 
 def refuse_existing(path):
+    """ValueError when there is something at a path that is to be written."""
     if Path(path).exists():
         raise ValueError(f"{path} is there already: choose another name, or delete it first")
 
@@ -780,7 +774,8 @@ def convert(args):
         say(f"dropped: {len(names):,} pictures that {path} evaluates on")
     if not drop:
         say("dropped: nothing, as no --drop FILE names the pictures of an evaluation set")
-    say(f"{args.out}: {sum(totals[kind] for kind in KINDS):,} pictures: " + ", ".join(f"{count:,} {name}" for name, count in totals.items()))
+    say(f"{args.out}: {sum(totals[kind] for kind in KINDS):,} pictures, {', '.join(f'{totals[kind]:,} {kind}' for kind in KINDS)}; "
+        f"{totals['left out']:,} further long captions of theirs are left out")  # fmt: skip
     return dict(totals) | {f"dropped by {path}": len(names) for path, names in dropped.items()}
 
 
@@ -816,8 +811,7 @@ def by_picture(hashes, starts, waiting):
     begins = np.flatnonzero(np.append(True, np.diff(hashes[order]) != 0)[: len(order)])
     ends = np.append(begins[1:], len(order))
     for group in tqdm(np.argsort(order[begins]), desc="joining", unit=" pictures", leave=False, disable=None):
-        members = order[begins[group] : ends[group]].tolist()
-        yield [json.loads(os.pread(waiting.fileno(), int(starts[i + 1] - starts[i]), int(starts[i]))) for i in members]
+        yield [json.loads(line_at(waiting, starts, i)) for i in order[begins[group] : ends[group]].tolist()]
 
 
 def joined(records, base, totals):
@@ -830,7 +824,7 @@ def joined(records, base, totals):
     for places, short, long in (map(list, told.values()) for told in pictures.values()):
         image = places[0] if len(places) == 1 else next((place for place in places if (base / place).is_file()), places[0])
         totals[KINDS[2 * (not short) + (not long)]] += 1
-        totals["further long captions left out"] += max(0, len(long) - 1)
+        totals["left out"] += max(0, len(long) - 1)
         yield {"image": image, "short": short[0] if len(short) == 1 else short or None, "long": long[0] if long else None}
 
 
@@ -857,7 +851,7 @@ class Census:
         for side in LIMITS:
             told = [([row["long"]] if row["long"] else []) if side == "long" else row["short"] for row in rows]
             for encoding in tokenizer.plain([text for texts in told for text in texts]):
-                self.lengths[side][min(len(encoding.ids), BINS[-1])] += 1
+                self.lengths[side][min(len(encoding), BINS[-1])] += 1
             self.counts.update({(side, "missing"): told.count([]), (side, "written by a model"): sum(side in row["generated"] for row in rows)})
         for row in rows:
             self.counts["shortcuts"] += any(begins_with(row["long"], text) for text in row["short"] if row["long"])
@@ -865,6 +859,7 @@ class Census:
             self.captions.extend(map(hash, row["short"]))
 
     def fault(self, kind, message):
+        """Count a fault; the first ten are kept in words."""
         self.counts[kind] += 1
         self.faults += [message] if len(self.faults) < 10 else []
 
@@ -913,8 +908,8 @@ def check(args):
         refuse_existing(args.picture)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least 1 is needed")
-    with open(path, "rb") as file, ThreadPoolExecutor(args.workers) as pool, tqdm(desc="rows", leave=False, disable=None) as bar:
-        lines = enumerate(file, start=1)
+    lines = enumerate(tqdm(lines_of(path), desc="checking", unit=" rows", leave=False, disable=None), start=1)
+    with ThreadPoolExecutor(args.workers) as pool:
         while part := list(itertools.islice(lines, 1000)):
             rows = []
             for number, line in part:
@@ -928,12 +923,12 @@ def check(args):
                 census.counts["pictures found"] += fault is None
                 if fault:
                     census.fault(fault[0], f"{row['where']}: {fault[1]}")
-            bar.update(len(part))
     report_census(census, args)
     return census.results()
 
 
 def existing_file(path):
+    """The path of a pairs file; ValueError when there is none."""
     if not Path(path).is_file():
         raise ValueError(f"{path} not found: a pairs file is wanted, as python data.py convert writes it")
     return Path(path)
@@ -1002,10 +997,9 @@ def fill(args):
     with open_progress(folder) as file, open(path, "rb") as pairs:
         for number in tqdm(mine, desc="captioning", unit=" batches", disable=True if ranks()[0] else None):
             side, lines = batches[number]
-            rows = [(os.pread(pairs.fileno(), int(starts[n + 1] - starts[n]), int(starts[n])), f"{path}:{n + 1}") for n in lines]
+            rows = [(line_at(pairs, starts, n), f"{path}:{n + 1}") for n in lines]
             captions = write_captions(model, rows, path.parent, side, prompts[side], args.on_bad_data)
             file.write(json.dumps({"batch": number, "captions": captions}).encode() + b"\n")
-            file.flush()
     wait_for_ranks()
     return merge(args, path, folder, batches, bad, prompts) if ranks()[0] == 0 else None
 
@@ -1013,16 +1007,15 @@ def fill(args):
 def missing_captions(path, on_bad):
     """({side: (n,) lines without such a caption, counted from 0}, {line: message} of those that are no row and are left out with "skip")."""
     missing, bad = {side: array.array("q") for side in LIMITS}, {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            try:
-                row = parse_row(line, f"{path}:{number + 1}") if line.strip() else dict.fromkeys(LIMITS, "a blank line")
-            except BadRow as error:
-                if on_bad == "error":
-                    raise
-                bad[number], row = str(error), dict.fromkeys(LIMITS, "left out")
-            for side in LIMITS:
-                missing[side].extend([] if row[side] else [number])
+    for number, line in enumerate(lines_of(path)):
+        try:
+            row = parse_row(line, f"{path}:{number + 1}") if line.strip() else dict.fromkeys(LIMITS, "a blank line")
+        except BadRow as error:
+            if on_bad == "error":
+                raise
+            bad[number], row = str(error), dict.fromkeys(LIMITS, "left out")
+        for side in LIMITS:
+            missing[side].extend([] if row[side] else [number])
     return {side: np.frombuffer(numbers, dtype=np.int64) for side, numbers in missing.items()}, bad
 
 
@@ -1033,12 +1026,11 @@ def progress_folder(args, about):
         other = [f"{name} was {was[name]!r}, not {about[name]!r}" for name in about if was[name] != about[name]]
         raise ValueError(f"{folder} holds what another run has done ({'; '.join(other)}): go on with its flags, or delete it")
     wait_for_ranks()  # all have looked before the first one writes
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if ranks()[0] == 0:
-            write_json(folder / "about.json", about)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}") from None
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    if ranks()[0] == 0 and not (folder / "about.json").exists():
+        with new_file(folder / "about.json") as file:
+            json.dump(about, file)
     return folder
 
 
@@ -1056,15 +1048,15 @@ def finished_batches(folder):
 
 
 def open_progress(folder):
-    """This process's file of a progress folder, to write on behind its last whole line."""
-    file = open(folder / f"rank-{ranks()[0]:04d}.jsonl", "ab+")
+    """This process's file of a progress folder, to write on behind its last whole line; what is written is not held back."""
+    file = open(folder / f"rank-{ranks()[0]:04d}.jsonl", "ab+", buffering=0)
     file.seek(0)
     file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
     return file
 
 
 def write_captions(model, rows, folder, side, prompt, on_bad):
-    """What the model says of some (line, where): {"text": at most LIMITS[side] tokens, "cut": bool} each, or {"bad": message} for a broken picture."""
+    """What the model says of some (line, where): {"text": of at most LIMITS[side] tokens, "cut": bool} each, or {"bad": message}."""
     pictures, faults = [], {}
     for i, (line, where) in enumerate(rows):
         try:
@@ -1092,12 +1084,12 @@ def merge(args, path, folder, batches, bad, prompts):
 
     by_line = itertools.groupby(heapq.merge(*map(written, LIMITS), key=lambda item: item[0]), key=lambda item: item[0])
     following, group = next(by_line, (None, ()))
-    with new_file(args.out) as out, open(path, "rb") as pairs:
-        for number, line in enumerate(pairs):
+    with new_file(args.out) as out:
+        for number, line in enumerate(lines_of(path)):
             new = {}
             if number == following:
                 new = {side: told for _, side, told in group}
-                bad |= {number: told["bad"] for told in new.values() if "bad" in told}
+                bad.update((number, told["bad"]) for told in new.values() if "bad" in told)
                 following, group = next(by_line, (None, ()))
             if number in bad or not line.strip():
                 continue
