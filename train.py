@@ -149,7 +149,7 @@ def adapt(model, rows, config, out):
                 raise SystemExit(130)
     cut = int(sum_over_ranks(torch.tensor(cut, device=model.lvlm.device)))
     if cut:
-        say(f"{cut} times a caption of over {' or '.join(f'{r[-1]} tokens ({s})' for s, r in data.LIMITS.items())} was cut")
+        say(f"{cut} of the captions drawn had over {' or '.join(f'{r[-1]} tokens ({s})' for s, r in data.LIMITS.items())} and were cut")
 
 
 def optimisation_step(model, parts, optimizer, config):
@@ -572,9 +572,10 @@ def resolve(config, model, rows):
 
 
 def fitting_micro_batch(model, checkpointing):
-    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions of 30 and 500 tokens (the paper's longest)."""
+    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions as long as they may be."""
     texts = {"vladva": 1, "text-text": 3, "vladva+text-text": 4}[model.settings.loss]
-    tokens = len(model.image_sequence().ids) + 500 + texts * (len(model.text_sequence("a").ids) + 30)
+    longest = {side: limits[-1] for side, limits in data.LIMITS.items()}
+    tokens = len(model.image_sequence().ids) + longest["long"] + texts * (len(model.text_sequence("a").ids) + longest["short"])
     row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize)
     return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
 

@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import export_scenes
 import numpy as np
 import pytest
 from PIL import Image
@@ -475,3 +476,18 @@ def test_a_broken_picture_stops_fill_or_is_left_out_and_listed(lacking):
 def test_the_filled_file_may_lie_in_another_folder(lacking, tmp_path, tokenizer):
     data.main(["fill", str(lacking[1]), "--out", str(tmp_path / "sub.jsonl")])  # nothing is missing
     assert len(data.Pairs(tmp_path / "sub.jsonl", tokenizer)) == 12
+
+
+def test_the_scenes_as_public_files_become_pairs(tmp_path, monkeypatch):
+    """The walk-through of docs/data.md in small, up to what is missing."""
+    parts = export_scenes.export(tmp_path, unit=2)
+    monkeypatch.chdir(tmp_path)
+    sources = ["llava/llava_pretrain/blip_laion_cc_sbu_558k.json@llava/llava_pretrain/images", "share-captioner_coco_lcs_sam_1246k_1107.json",
+               "coco/captions_train2017.json@coco/train2017", "openimages"]  # fmt: skip
+    counts, _ = converted(*sources, "--drop", "coco/dataset_coco.json")
+    wanted = {"with both captions": parts["llava"] + parts["coco"], "short only": parts["llava_alone"], "long only": parts["sam"],
+              "with none": parts["openimages"], "dropped by coco/dataset_coco.json": parts["coco_test"]}  # fmt: skip
+    assert counts == counts | wanted
+    found = data.main(["check", "pairs.jsonl"])
+    assert found["pictures found"] == found["rows"] == sum(parts.values()) - parts["coco_test"]
+    assert (found["short captions missing"], found["long captions missing"]) == (4, 4)
