@@ -779,7 +779,7 @@ def convert(args):
     return dict(totals) | {f"dropped by {path}": len(names) for path, names in dropped.items()}
 
 
-COUNTED = ("captions", "empty", "dropped", "pictures of the first 100 found")
+COUNTED = ("captions", "empty", "dropped", "found of the first 100")
 KINDS = ("with both captions", "short only", "long only", "with none")
 
 
@@ -999,7 +999,7 @@ def fill(args):
             side, lines = batches[number]
             rows = [(line_at(pairs, starts, n), f"{path}:{n + 1}") for n in lines]
             captions = write_captions(model, rows, path.parent, side, prompts[side], args.on_bad_data)
-            file.write(json.dumps({"batch": number, "captions": captions}).encode() + b"\n")
+            append_line(file, {"batch": number, "captions": captions})
     wait_for_ranks()
     return merge(args, path, folder, batches, bad, prompts) if ranks()[0] == 0 else None
 
@@ -1053,6 +1053,17 @@ def open_progress(folder):
     file.seek(0)
     file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
     return file
+
+
+def append_line(file, value):
+    """Write a JSON line to an unbuffered file. ValueError when the disk does not take all of it; half a line is dropped by the next run."""
+    line = json.dumps(value).encode() + b"\n"
+    try:
+        written = file.write(line)
+    except OSError as error:
+        raise ValueError(f"{file.name}: {error}; the same command goes on from here") from None
+    if written < len(line):
+        raise ValueError(f"{file.name}: only {written} of {len(line)} bytes were written; the same command goes on from here")
 
 
 def write_captions(model, rows, folder, side, prompt, on_bad):

@@ -427,7 +427,7 @@ def test_fill_writes_what_is_missing_and_says_who_wrote_it(lacking, tokenizer):
 
 
 def test_fill_killed_and_started_again_gives_the_same_file(lacking, capsys):
-    """What a kill leaves of a line is dropped. Other flags are refused in between, and OUT is there only at the end."""
+    """What a kill leaves of a line is dropped. Another number of processes may go on, other flags are refused, OUT is there only at the end."""
     path, whole = lacking
     out = whole.with_name("killed.jsonl")
     progress, flags = Path(f"{out}.progress") / "rank-0000.jsonl", [path, "--out", out, "--batch", "2"]
@@ -439,13 +439,21 @@ def test_fill_killed_and_started_again_gives_the_same_file(lacking, capsys):
     assert process.returncode == -9 and not out.exists()
     done = progress.read_bytes().count(b"\n")
     assert 2 <= done < 6
-    with open(progress, "ab") as file:
-        file.write(b'{"batch": 5, "captions": [{"te')
+    first, *others = progress.read_bytes().splitlines(keepends=True)
+    half = b'{"batch": 5, "captions": [{"te'
+    progress.write_bytes(first + half)
+    progress.with_name("rank-0001.jsonl").write_bytes(b"".join(others) + half)
     with pytest.raises(SystemExit):
         data.main(["fill", *map(str, flags[:-1]), "3"])
     assert "batch was 2, not 3): go on with its flags, or delete it" in capsys.readouterr().err
     assert f"{done} of 6 batches of 2 are done" in finished(started(*flags))
     assert out.read_bytes() == whole.read_bytes() and not progress.parent.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+def test_a_full_disk_stops_fill_in_one_line():
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(ValueError, match="/dev/full: .*No space left.*; the same command goes on"):
+        data.append_line(file, {"batch": 0})
 
 
 def test_fill_by_two_processes_gives_the_same_file(lacking):
