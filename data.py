@@ -1077,8 +1077,9 @@ def write_captions(model, rows, folder, side, prompt, on_bad):
                 raise BadRow(f"{where}: {error}") from None
             faults[i] = {"bad": f"{where}: {error}"}
     told = model.generate_batch(pictures, [prompt] * len(pictures), LIMITS[side].stop) if pictures else []  # a token too many: it went on
-    kept = iter([{"text": cut(text, side, model.tokenizer), "cut": text != cut(text, side, model.tokenizer)} for text in told])
-    return [faults.get(i) or next(kept) for i in range(len(rows))]
+    kept = [cut(text, side, model.tokenizer) for text in told]
+    answers = iter([{"text": text, "cut": text != whole} for text, whole in zip(kept, told)])
+    return [faults.get(i) or next(answers) for i in range(len(rows))]
 
 
 def merge(args, path, folder, batches, bad, prompts):
