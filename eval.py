@@ -32,24 +32,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import read_json, write_json
+from data import add_model_flags, command, format_table, say
+from model import encode_over_ranks, ranks, read_json, sum_over_ranks, write_json
 from vladva import (
-    add_model_flags,
     attention_density,
-    command,
     components_for,
     cumulative_variance,
-    encode_over_ranks,
-    format_table,
     load_model,
     nearest_tokens,
     next_token_loss,
     output_entropy,
     rank_correlation,
-    ranks,
-    say,
     similarity,
-    sum_over_ranks,
     summary_embedding,
 )
 

@@ -4,7 +4,8 @@
     lvlm = load_lvlm("assets/tiny")          # a folder with LLaVA-1.5's weights, in any of the layouts of PREFIXES
     hidden = lvlm.decoder(lvlm.embed(ids))   # (B, T, D), after the final norm
 
-Everything the method (vladva.py) needs is here and nothing more: features, hidden states, logits, cached generation.
+Everything the method (vladva.py) needs is here and nothing more: features, hidden states, logits, cached generation; at the end, what every
+script needs of devices and of the processes that torchrun starts.
 
 Not here: prompts, embeddings, losses (vladva.py); tokenizer and images (data.py); adapters (lora.py); dropout (LLaVA-1.5 has none).
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -744,3 +746,81 @@ def write_tensors(path, tensors, metadata=None):
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------ devices and processes (torchrun)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name):
+    """The device asked for, or the first CUDA device, or the CPU."""
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {chosen} is not usable here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def free_bytes(device):
+    """Memory that is free on a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")  # Linux: what can be had without swapping
+    if meminfo.exists():
+        return 1024 * int(next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def ranks():
+    """(this process, how many) among those that torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(device):
+    """Join the other processes when torchrun started this one; returns the device of this process, cuda:<local rank> for cuda."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return device
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def wait_for_ranks():
+    """Go on when every process has come here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if ranks()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows):
+    """(rows of every process (sum of n, ...), in rank order; where those of this one begin). rows: (n, ...), n may differ."""
+    rank, count = ranks()
+    if count == 1:
+        return rows, 0
+    sizes = torch.zeros(count, dtype=torch.long, device=rows.device)
+    sizes[rank] = len(rows)
+    sizes = sum_over_ranks(sizes).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)]), sum(sizes[:rank])
+
+
+def encode_over_ranks(encode, items):
+    """encode(items), (B, D), with the work split over the processes; every process gets all rows, each once, in the order of the items."""
+    rank, count = ranks()
+    rows, _ = gather_rows(encode(items[rank::count]))
+    out = torch.empty_like(rows)
+    out[[i for r in range(count) for i in range(r, len(items), count)]] = rows
+    return out

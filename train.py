@@ -40,27 +40,22 @@ from tqdm import tqdm
 
 import data
 import eval as benchmarks
-from model import open_shard, read_json, write_json, write_tensors
-from vladva import (
-    E5V,
-    ChunkedCrossEntropy,
-    Outputs,
-    Settings,
-    VladVA,
-    command,
+from data import command, say
+from model import (
     encode_over_ranks,
     free_bytes,
     gather_rows,
     join_ranks,
+    open_shard,
     pick_device,
-    pick_dtype,
     ranks,
-    read_adapter,
-    say,
-    similarity,
+    read_json,
     sum_over_ranks,
     wait_for_ranks,
+    write_json,
+    write_tensors,
 )
+from vladva import E5V, ChunkedCrossEntropy, Outputs, Settings, VladVA, pick_dtype, read_adapter, similarity
 
 
 @dataclass(frozen=True)
@@ -133,11 +128,12 @@ def adapt(model, rows, config, out):
     peaks = [group["lr"] for group in optimizer.param_groups]
     done = load_checkpoint(out, model, optimizer)
     rate = matmul_rate(model.lvlm.device, model.lvlm.compute_dtype)
-    stop, bad = StopSignals(), BadRows(out, config, len(rows))
+    stop, bad, cut = StopSignals(), BadRows(out, config, len(rows)), 0
     with stop, Metrics(out / "metrics.jsonl", done) as metrics, tqdm(total=config.steps, initial=done, desc="adapting", disable=hidden_bar()) as bar:
         start = time.perf_counter()
         for step, drawn in enumerate(loader(model, rows, config, done + 1), start=done + 1):
             bad.count(drawn.bad)
+            cut += drawn.cut
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, config)
             measured = {name: value.item() for name, value in optimisation_step(model, drawn.parts, optimizer, config).items()}
@@ -155,6 +151,9 @@ def adapt(model, rows, config, out):
             if stopped and step < config.steps:
                 say(f"stopped by a signal after step {step} of {config.steps}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
+    cut = int(sum_over_ranks(torch.tensor(cut, device=model.lvlm.device)))
+    if cut:
+        say(f"{cut} of the captions drawn had over {' or '.join(f'{r[-1]} tokens ({s})' for s, r in data.LIMITS.items())} and were cut")
 
 
 def optimisation_step(model, parts, optimizer, config):
@@ -277,6 +276,7 @@ class Drawn:
     parts: list
     where: list
     bad: list
+    cut: int = 0  # captions over the paper's length, of which the beginning is used
 
 
 class Steps:
@@ -311,7 +311,7 @@ class Steps:
         usable.sort(key=lambda row: len(row["long"] or ""))
         size = self.config.micro_batch or len(usable) or 1
         parts = [self.model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
-        return Drawn(parts, [row["where"] for row in usable], bad)
+        return Drawn(parts, [row["where"] for row in usable], bad, sum(row.get("cut", 0) for row in usable))
 
     def told(self, row):
         """The row with the captions that the losses take: no long one for a next-token loss of weight 0."""
@@ -591,9 +591,10 @@ def resolve(config, model, rows):
 
 
 def fitting_micro_batch(model, checkpointing):
-    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions of 30 and 500 tokens (the paper's longest)."""
+    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions as long as they may be."""
     texts = {"vladva": 1, "text-text": 3, "vladva+text-text": 4}[model.settings.loss]
-    tokens = len(model.image_sequence().ids) + 500 + texts * (len(model.text_sequence("a").ids) + 30)
+    longest = {side: limits[-1] for side, limits in data.LIMITS.items()}
+    tokens = len(model.image_sequence().ids) + longest["long"] + texts * (len(model.text_sequence("a").ids) + longest["short"])
     row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize)
     return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
 

@@ -21,12 +21,10 @@ import functools
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
@@ -35,6 +33,8 @@ from tqdm import tqdm
 import data
 import lora
 import model as lvlm_module
+from data import add_model_flags, command, format_table
+from model import DTYPES, free_bytes, join_ranks, pick_device
 
 # ------------------------------------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -704,107 +704,7 @@ def read_adapter(folder):
     return {name: shard.get_tensor(name) for name in shard.keys()}, Settings(**json.loads(about)["settings"])
 
 
-# ------------------------------------------------------------------------------------------------------ many devices (torchrun)
-
-
-def ranks():
-    """(this process, how many) among those that torchrun started; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_ranks(device):
-    """Join the other processes when torchrun started this one; returns the device of this process, cuda:<local rank> for cuda."""
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
-        return device
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return device
-
-
-def wait_for_ranks():
-    """Go on when every process has come here."""
-    if ranks()[1] > 1:
-        dist.barrier()
-
-
-def say(*words):
-    """Print, in the first process only."""
-    if ranks()[0] == 0:
-        print(*words, flush=True)
-
-
-def sum_over_ranks(tensor):
-    """The sum of a tensor over all processes, in place."""
-    if ranks()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather_rows(rows):
-    """(rows of every process (sum of n, ...), in rank order; where those of this one begin). rows: (n, ...), n may differ."""
-    rank, count = ranks()
-    if count == 1:
-        return rows, 0
-    sizes = torch.zeros(count, dtype=torch.long, device=rows.device)
-    sizes[rank] = len(rows)
-    sizes = sum_over_ranks(sizes).tolist()
-    padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(count)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)]), sum(sizes[:rank])
-
-
-def encode_over_ranks(encode, items):
-    """encode(items), (B, D), with the work split over the processes; every process gets all rows, each once, in the order of the items."""
-    rank, count = ranks()
-    rows, _ = gather_rows(encode(items[rank::count]))
-    out = torch.empty_like(rows)
-    out[[i for r in range(count) for i in range(r, len(items), count)]] = rows
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------ command line
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def command(main):
-    """Decorator of every command line here: a ValueError is the user's, so it ends in one line on stderr and exit code 2."""
-
-    def run(argv=None):
-        try:
-            return main(argv)
-        except ValueError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-
-    return run
-
-
-def pick_device(name):
-    """The device asked for, or the first CUDA device, or the CPU."""
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {chosen} is not usable here: {str(error).splitlines()[0]}") from None
-    return chosen
-
-
-def free_bytes(device):
-    """Memory that is free on a device."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")  # Linux: what can be had without swapping
-    if meminfo.exists():
-        return 1024 * int(next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_dtype(name, device, model):
@@ -827,31 +727,15 @@ def pick_dtype(name, device, model):
     return DTYPES[name]
 
 
-def add_model_flags(parser):
-    """--model --adapter --device --dtype, the same for every script that takes a model."""
-    parser.add_argument("--model", default="tiny", help=f"{', '.join(data.NAMES)}, a folder in their layout, or a hub id (default: tiny)")
-    parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one)")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: bfloat16 on cuda, on the cpu float32 if it fits well)")
-
-
 def load_model(args):
     """The model that the flags of add_model_flags ask for."""
     device = join_ranks(pick_device(args.device))
     return VladVA.from_pretrained(args.model, args.adapter, device, pick_dtype(args.dtype, device, args.model))
 
 
-def format_table(header, rows):
-    """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
-    table = [header, *rows]
-    widths = [max(len(row[c]) for row in table) for c in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def is_picture(argument):
     """Does a command-line argument name a picture rather than say a text?"""
-    return Path(argument).is_file() or Path(argument).suffix.lower() in (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+    return Path(argument).is_file() or Path(argument).suffix.lower() in data.PICTURES
 
 
 @command

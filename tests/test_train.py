@@ -289,6 +289,16 @@ def test_a_run_on_photographs(random_folder, tmp_path, capsys):
     assert (tmp_path / "again" / "report.png").exists()
 
 
+def test_captions_over_the_papers_lengths_are_cut_and_counted(random_folder, tmp_path, capsys):
+    path = photographs(tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[:6]:  # 4 of them have a long caption
+        line |= {key: f"{value} " * 40 for key, value in line.items() if key == "long" and value}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(random_folder, tmp_path / "run", "--data", str(path), "--steps", "1", "--holdout", "0", "--micro-batch", "4")
+    assert "4 of the captions drawn had over 29 tokens (short) or 500 tokens (long) and were cut" in capsys.readouterr().out
+
+
 def test_bad_rows_stop_the_run_or_are_counted(random_folder, tmp_path, capsys):
     path = photographs(tmp_path)
     lines = path.read_text().splitlines()
