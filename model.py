@@ -244,27 +244,28 @@ class Projector(nn.Module):
 
 
 class FrozenLinear(torch.autograd.Function):
-    """x W^T for a frozen W (out, in), which may be stored in another dtype than x: it is converted where it is used, and no copy is kept."""
+    """x W^T + b for frozen W (out, in) and b (out,) or None, which may be stored in another dtype than x: they are converted where they are
+    used, and no copy is kept."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, bias=None):
         ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
+        return grad @ weight.to(grad.dtype), None, None
 
 
 class Linear(nn.Linear):
-    """x W^T without bias, in the dtype of x."""
+    """x W^T, without bias unless one is asked for, in the dtype of x."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
