@@ -53,7 +53,8 @@ from model import DTYPES, ranks, read_config, read_json, shard_files, wait_for_r
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
-NAMES = {"tiny": TINY, "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}  # a folder or a hub id
+NAMES = {"tiny": TINY, "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+         "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct"}  # fmt: skip  # a folder or a hub id
 WANTED_FILES = ["*.safetensors", "*.json"]  # of a hub model: no pickles
 
 # ------------------------------------------------------------------------------------------------------ model folders
@@ -66,7 +67,8 @@ def model_folder(name):
         return Path(known)
     if str(name) not in NAMES and (str(known).count("/") != 1 or str(known)[0] in "./~"):
         raise ValueError(
-            f"no model folder {str(name)!r}: give {', '.join(NAMES)}, a hub id such as llava-hf/llava-1.5-7b-hf, or a folder in its layout"
+            f"no model folder {str(name)!r}: give tiny, llava-1.5-7b, llava-1.5-13b, a hub id such as {NAMES['qwen2-vl-2b']} (in short qwen2-vl-2b), "
+            "or a folder in its layout"
         )
     return cached(known) or fetch(known)
 
@@ -126,39 +128,69 @@ def copy_companions(source, target):
 # ------------------------------------------------------------------------------------------------------ tokenizer
 
 
+@dataclass(frozen=True)
+class Chat:
+    """How an architecture spells a conversation that vladva.py writes in the paper's words: USER:, ASSISTANT:, <image>."""
+
+    image: str  # the token that stands for a picture
+    eos_id: int  # when config.json says none: the default of transformers' config class
+    bos_id: int | None  # the same, of the token that every text begins with; None: texts begin with none
+    spelling: tuple = ()  # (pattern, what it becomes), one after another, in templates only, never in prompts and captions
+
+
+CHATS = {  # by model_type
+    "llava": Chat("<image>", 2, 1),
+    "qwen2_vl": Chat("<|image_pad|>", 151645, None, (  # Qwen2-VL's own chat template, with its default system turn
+        (r"\s*ASSISTANT: ?", "<|im_end|>\n<|im_start|>assistant\n"),
+        (r"^USER: ", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"),
+        (r" USER: ", "<|im_end|>\n<|im_start|>user\n"),
+        (r"<image>\n?", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )),
+}  # fmt: skip
+
+
 class Tokenizer:
     """tokenizer.json of a model folder as it is, with the ids that the method needs.
 
-    image_id: of <image>. placeholder_id stands in a sequence where image tokens will be placed: image_id when the model embeds it.
+    image_id: of the image token. placeholder_id stands in a sequence where image tokens will be placed: image_id when the model embeds it.
     """
 
     def __init__(self, folder, config):
         path = Path(folder) / "tokenizer.json"
         read_json(path)  # one clear line when it is missing or broken
-        self.inner = tokenizers.Tokenizer.from_file(str(path))
+        self.inner, self.chat = tokenizers.Tokenizer.from_file(str(path)), CHATS[config.model_type]
         text, rows = config.raw["text_config"], config.decoder.vocab_size
         self.image_id = config.image_token_id
         if self.image_id >= rows:  # the original LLaVA, which cuts the text at <image> instead of having a token for it
             self.inner.add_special_tokens([tokenizers.AddedToken("<image>", special=True, normalized=False)])
             self.image_id = self.inner.token_to_id("<image>")
-        self.bos_id, self.eos_id = text.get("bos_token_id", 1), text.get("eos_token_id", 2)  # LlamaConfig's defaults
+        self.bos_id = self.chat.bos_id and text.get("bos_token_id", self.chat.bos_id)
+        self.eos_id = text.get("eos_token_id", self.chat.eos_id)
         self.pad_id = self.eos_id  # never seen by a real token, so any id serves
         self.placeholder_id = self.image_id if self.image_id < rows else self.pad_id
         eos, image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
         self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
-        if eos is None or image != "<image>":
+        needed = re.findall(r"<\|\w+\|>", "".join(becomes for _, becomes in self.chat.spelling))
+        if eos is None or image != self.chat.image or any(self.inner.token_to_id(token) is None for token in needed):
             raise ValueError(
-                f"{path} has {image!r} at id {self.image_id} and {eos!r} at id {self.eos_id}: config.json says <image> and an "
-                "end-of-sequence token, so the two files do not belong together"
+                f"{path} has {image!r} at id {self.image_id} and {eos!r} at id {self.eos_id}: config.json says {self.chat.image} and an "
+                f"end-of-sequence token{', the chat template ' * bool(needed)}{' '.join(needed)}, so the two files do not belong together"
             )
-        if self.inner.encode("a").ids[0] != self.bos_id or self.inner.encode("a").ids.count(self.bos_id) != 1:
+        begin = self.inner.encode("a").ids
+        if self.bos_id is not None and (begin[0] != self.bos_id or begin.count(self.bos_id) != 1):
             raise ValueError(f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer")
         highest = max(token for token in self.inner.get_vocab().values() if token != self.image_id)
         if highest >= rows:
             raise ValueError(f"{path} has {self.inner.id_to_token(highest)!r} at id {highest}, but the model embeds {rows} tokens")
 
+    def spelled(self, template):
+        """A template in the paper's words as this architecture spells it; LLaVA-1.5 takes it as it is."""
+        for pattern, becomes in self.chat.spelling:
+            template = re.sub(pattern, becomes, template)
+        return template
+
     def encode(self, text):
-        """tokenizers.Encoding of a text: .ids with one BOS first, .offsets in characters."""
+        """tokenizers.Encoding of a text: .ids with one BOS first (LLaVA-1.5), .offsets in characters."""
         return self.inner.encode(text)
 
     def decode(self, ids):
@@ -224,26 +256,34 @@ def pad_to_square(image, colour):
 class ImageProcessor:
     """The steps that preprocessor_config.json names (transformers' CLIPImageProcessor): resize, centre crop, rescale, normalise.
 
-    mode "crop" does these as they are; "pad" first pads to a square with the mean colour, so that nothing is cut off.
+    mode "crop" does these as they are; "pad" first pads to a square with the mean colour, so that nothing is cut off. budget: (fewest,
+    most) pixels of a picture, for Qwen2-VL only.
     """
 
-    def __init__(self, folder, config, mode, tower=None):
+    def __init__(self, folder, config, mode, tower=None, budget=(None, None)):
         path = Path(folder) / "preprocessor_config.json"
         if tower and not path.exists():
             path = Path(tower) / path.name
-        raw, side = read_json(path), config.vision.image_size
+        self.read_steps(path)
+        side = config.vision.image_size
         if mode not in ("crop", "pad"):
             raise ValueError(f"image mode is {mode!r}: 'crop' or 'pad'")
-        self.mode, self.side = mode, side
-        size, crop = raw.get("size", side), raw.get("crop_size", side)
+        if budget != (None, None):
+            raise ValueError(f"--min-pixels and --max-pixels are {budget}, but LLaVA-1.5 takes every picture at {side} x {side}: leave them out")
+        self.mode, self.side, self.largest = mode, side, config.grid()
+        size, crop = self.raw.get("size", side), self.raw.get("crop_size", side)
         self.resize = size.get("shortest_edge", size) if isinstance(size, dict) else size  # an int, or {"height", "width"}
         self.crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+        if self.steps["center_crop"] and self.crop != (side, side):
+            raise ValueError(f"{path}: crop_size is {self.crop}, but the vision tower takes {side} x {side}")
+
+    def read_steps(self, path):
+        """What preprocessor_config.json says in any architecture."""
+        self.raw = raw = read_json(path)
         self.steps = {step: raw.get(f"do_{step}", True) for step in ("resize", "center_crop", "rescale", "normalize")}
         self.resample = Image.Resampling(raw.get("resample", 3))
         self.factor = raw.get("rescale_factor", 1 / 255)
         self.mean, self.std = np.array(raw.get("image_mean", CLIP_MEAN)), np.array(raw.get("image_std", CLIP_STD))
-        if self.steps["center_crop"] and self.crop != (side, side):
-            raise ValueError(f"{path}: crop_size is {self.crop}, but the vision tower takes {side} x {side}")
 
     def target(self, image):
         """(width, height) after the resize step."""
@@ -255,6 +295,10 @@ class ImageProcessor:
 
     def __call__(self, image):
         """RGB picture -> (3, side, side) float32, normalised."""
+        return self.normalised(self.fitted(image))
+
+    def fitted(self, image):
+        """The RGB picture that the vision tower sees."""
         if self.mode == "pad":
             image = pad_to_square(image, tuple(int(mean * 255) for mean in self.mean))
         if self.steps["resize"]:
@@ -262,12 +306,74 @@ class ImageProcessor:
         if self.steps["center_crop"]:
             left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        if image.size != (self.side, self.side):
+            raise ValueError(f"preprocessed picture is {image.width} x {image.height}, but the vision tower takes {self.side} x {self.side}")
+        return image
+
+    def normalised(self, image):
+        """RGB picture -> (3, height, width) float32, rescaled and normalised."""
         pixels = np.asarray(image).astype(np.float64)  # (height, width, 3)
-        if pixels.shape != (self.side, self.side, 3):
-            raise ValueError(f"preprocessed picture is {pixels.shape[1]} x {pixels.shape[0]}, but the vision tower takes {self.side} x {self.side}")
         pixels = pixels * self.factor if self.steps["rescale"] else pixels
         pixels = (pixels - self.mean) / self.std if self.steps["normalize"] else pixels
         return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())
+
+
+class PatchProcessor(ImageProcessor):
+    """Qwen2-VL's preprocessing: a picture keeps its shape, its sides become multiples of an image token's (28 pixels). After transformers'
+    image_processing_qwen2_vl; changed: still pictures only.
+
+    budget: (fewest, most) pixels after the resize; None: what preprocessor_config.json says (min_pixels and max_pixels, or the size of
+    newer files). The paper states no pixel budget.
+    """
+
+    def __init__(self, folder, config, mode, tower=None, budget=(None, None)):
+        path, self.vision = Path(folder) / "preprocessor_config.json", config.vision
+        self.read_steps(path)
+        if mode != "crop":
+            raise ValueError(f"image mode is {mode!r}, but Qwen2-VL takes pictures whole, in their own shape: leave it out")
+        vision, size = config.vision, self.raw.get("size") or {}
+        known = (self.raw.get("min_pixels", size.get("shortest_edge")), self.raw.get("max_pixels", size.get("longest_edge")))
+        self.fewest, self.most = (own if given is None else given for own, given in zip(known, budget))
+        if not (self.fewest and self.most) or not vision.token_side**2 <= self.most >= self.fewest > 0:
+            raise ValueError(
+                f"pictures of {self.fewest} to {self.most} pixels ({path}, --min-pixels, --max-pixels): wanted two rising numbers, the second at "
+                f"least {vision.token_side**2}"
+            )
+        fixed = {"do_resize": True, "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
+                 "merge_size": vision.spatial_merge_size}  # fmt: skip
+        strange = {name: self.raw[name] for name, wanted in fixed.items() if self.raw.get(name, wanted) != wanted}
+        if strange:
+            raise ValueError(f"{path} says {strange}, but the vision tower needs {fixed}")
+        self.raw = self.raw | {"min_pixels": self.fewest, "max_pixels": self.most}
+        self.mode, self.largest = f"{self.fewest} to {self.most} pixels", (math.isqrt(self.most) // vision.token_side,) * 2  # a square's
+
+    def target(self, image):
+        """(width, height) nearest to the picture's own, multiples of an image token's side, their product within the budget."""
+        side, area = self.vision.token_side, image.width * image.height
+        if max(image.size) > 200 * min(image.size):
+            raise ValueError(f"picture of {image.width} x {image.height}: Qwen2-VL takes no side over 200 times the other")
+        size = [round(edge / side) * side for edge in image.size]
+        if math.prod(size) > self.most:
+            size = [max(1, math.floor(edge / math.sqrt(area / self.most) / side)) * side for edge in image.size]
+        elif math.prod(size) < self.fewest:
+            size = [math.ceil(edge * math.sqrt(self.fewest / area) / side) * side for edge in image.size]
+        return tuple(size)
+
+    def fitted(self, image):
+        return image.resize(self.target(image), self.resample)
+
+    def __call__(self, image):
+        """RGB picture -> (rows, columns, 4, numbers of a patch) float32: of every image token its 2 x 2 patches, each in two equal frames."""
+        pixels, vision = self.normalised(self.fitted(image)), self.vision
+        inside = (vision.spatial_merge_size, vision.patch_size)
+        tokens = pixels.unflatten(2, (-1, *inside)).unflatten(1, (-1, *inside))  # (3, rows, m, side, columns, m, side)
+        patches = tokens.permute(1, 4, 2, 5, 0, 3, 6).flatten(2, 3)  # (rows, columns, 4, 3, side, side)
+        return patches.unsqueeze(4).expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1).flatten(3)
+
+
+def image_processor(folder, config, *how):
+    """The image processor that config.json's model_type asks for; its arguments are both classes'."""
+    return {"llava": ImageProcessor, "qwen2_vl": PatchProcessor}[config.model_type](folder, config, *how)
 
 
 # ------------------------------------------------------------------------------------------------------ training pairs

@@ -779,20 +779,15 @@ def run_attention(model, args):
     mass = maps["before"].sum(-1)  # (layers, H): the head of a layer that looks at the picture most before adaptation is drawn
     layers = torch.linspace(0, len(mass) - 1, min(4, len(mass))).round().long().tolist()
     chosen = [(layer, mass[layer].argmax().item()) for layer in layers]
-    return results, functools.partial(draw_attention, maps=maps, chosen=chosen, pixels=seen_picture(model, pictures[0]))
+    first = data.open_image(pictures[0])
+    seen, grid = np.asarray(model.image_processor.fitted(first)) / 255, model.prepared([first])[1][0]
+    return results, functools.partial(draw_attention, maps=maps, chosen=chosen, pixels=seen, grid=grid)
 
 
-def seen_picture(model, picture):
-    """The picture as the vision tower gets it, (height, width, 3) in 0..1."""
-    processor = model.image_processor
-    pixels = processor(data.open_image(picture)).permute(1, 2, 0).numpy()
-    return (pixels * processor.std + processor.mean).clip(0, 1)
-
-
-def draw_attention(plt, results, maps, chosen, pixels):
+def draw_attention(plt, results, maps, chosen, pixels, grid):
     """A row before and one after, a column a head: its map over the greyed picture, with the share of patches that holds 90 % of the mass."""
     figure, axes = plt.subplots(len(maps), 1 + len(chosen), figsize=(1.9 * (1 + len(chosen)), 2.3 * len(maps)), layout="constrained", squeeze=False)
-    side, gray = math.isqrt(next(iter(maps.values())).shape[-1]), pixels.mean(-1)
+    gray = pixels.mean(-1)
     extent = (0, gray.shape[1], gray.shape[0], 0)
     for line, (when, weights) in zip(axes, maps.items()):
         line[0].imshow(pixels)
@@ -800,7 +795,7 @@ def draw_attention(plt, results, maps, chosen, pixels):
         for axis, (layer, head) in zip(line[1:], chosen):
             one = weights[layer, head]
             axis.imshow(gray, cmap="gray", vmin=0, vmax=1)
-            axis.imshow((one.view(side, side) / one.max()).numpy(), cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=1)
+            axis.imshow((one.view(grid) / one.max()).numpy(), cmap="inferno", alpha=0.65, extent=extent, vmin=0, vmax=1)
             _, share = attention_density(one)
             axis.set_title(f"layer {layer + 1}, head {head + 1}\n90 % in {100 * share:.0f} % of patches")
         for axis in line:
@@ -971,7 +966,7 @@ def run_published(args):
     else:
         model = load_model(args)
         image_emb, text_emb = embed_files(model, benchmark, args)
-        about = {"model": args.model, "adapter": args.adapter, "image_mode": model.settings.image_mode}
+        about = {"model": args.model, "adapter": args.adapter, "image_mode": model.image_processor.mode}
     if args.save_embeddings and ranks()[0] == 0:
         save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)
     results = {"task": args.task, **benchmark.score(image_emb, text_emb), **about, "paper_row": name}
@@ -1035,7 +1030,7 @@ def main(argv=None):
         return run_study(args)
     if args.task in OWN_TASKS:
         model = load_model(args)
-        results = dict(OWN_TASKS[args.task](model, args), model=args.model, adapter=args.adapter, image_mode=model.settings.image_mode)
+        results = dict(OWN_TASKS[args.task](model, args), model=args.model, adapter=args.adapter, image_mode=model.image_processor.mode)
     else:
         results = run_published(args)
     if args.json and ranks()[0] == 0:

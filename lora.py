@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021, arXiv 2106.09685) on every linear layer of the decoder: W0 x + (alpha / R) B A x, only A and B trained.
+"""LoRA (Hu et al., 2021, arXiv 2106.09685) on every linear layer of the decoder: W0 x + b + (alpha / R) B A x, only A and B trained.
 
     attach(lvlm.decoder, rank=16, alpha=16)      # a fresh adapter changes nothing: B starts at zero
     with disabled(lvlm.decoder): ...             # the frozen model, bit for bit
@@ -44,16 +44,14 @@ class LoRAProduct(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer W0 (`weight`) plus the low-rank update (alpha / R) B A, in the LoRA paper's names.
+    """A frozen linear layer W0 (`weight`), with its `bias` if it has one, plus the low-rank update (alpha / R) B A, in the LoRA paper's names.
 
     lora_a: (R, in), Kaiming-uniform; lora_b: (out, R), zero. Both stay float32 and are cast to the input's dtype where they are used.
     """
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
-        if linear.bias is not None:
-            raise ValueError("LoRALinear wants a linear layer without bias, as Llama's are")
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.alpha, self.enabled = rank, alpha, True
         device = linear.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=torch.float32))
@@ -68,8 +66,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         if not self.enabled:
-            return FrozenLinear.apply(x, self.weight)
-        return LoRAProduct.apply(x, self.weight, self.lora_a, self.lora_b, self.alpha / self.rank)
+            return FrozenLinear.apply(x, self.weight, self.bias)
+        out = LoRAProduct.apply(x, self.weight, self.lora_a, self.lora_b, self.alpha / self.rank)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
 def lora_layers(module):
@@ -116,8 +115,8 @@ def merge(module):
 
     def merged(layer):
         with torch.device("meta"):
-            linear = Linear(layer.weight.shape[1], layer.weight.shape[0])
-        linear.weight = nn.Parameter(layer.folded(), requires_grad=False)
+            linear = Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None)
+        linear.weight, linear.bias = nn.Parameter(layer.folded(), requires_grad=False), layer.bias
         return linear
 
     return replace_layers(module, lambda _, child: isinstance(child, LoRALinear), merged)

@@ -1,11 +1,13 @@
-"""The LVLM, from scratch: a CLIP-ViT encoder, an MLP projector and a Llama decoder, in the shape of LLaVA-1.5.
+"""The LVLM, from scratch: a CLIP-ViT encoder, an MLP projector and a Llama decoder, in the shape of LLaVA-1.5; after them, Qwen2-VL.
 
     from model import load_lvlm
     lvlm = load_lvlm("assets/tiny")          # a folder with LLaVA-1.5's weights, in any of the layouts of PREFIXES
     hidden = lvlm.decoder(lvlm.embed(ids))   # (B, T, D), after the final norm
 
-Everything the method (vladva.py) needs is here and nothing more: features, hidden states, logits, cached generation; at the end, what every
-script needs of devices and of the processes that torchrun starts.
+Everything the method (vladva.py) needs is here and nothing more: features, hidden states, logits, cached generation. Which architecture a
+folder holds is decided once, in parse_config; what the two differ in is behind LVLMConfig's towers, grid, stack, positions and hub_name, and
+the tower's run_weights and patches_per_token. A reader of LLaVA can skip the section "Qwen2-VL" (and its lines of PREFIXES). At the end
+stands what every script needs of devices and of the processes that torchrun starts.
 
 Not here: prompts, embeddings, losses (vladva.py); tokenizer and images (data.py); adapters (lora.py); dropout (LLaVA-1.5 has none).
 
@@ -15,6 +17,7 @@ Letters in the shape comments:
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +51,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Llama dimensions; a field that config.json leaves out takes transformers' LlamaConfig default."""
+    """Dimensions of a Llama (or Qwen2) decoder; a field that config.json leaves out takes transformers' LlamaConfig default."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -62,6 +65,8 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
+    qkv_bias: bool = False  # Qwen2 has one on q, k and v
+    rope_sections: tuple = ()  # Qwen2-VL: how many of the K / 2 rotary frequencies turn with time, row and column
 
     @property
     def kv_heads(self):
@@ -81,10 +86,31 @@ class LVLMConfig:
     image_token_id: int
     vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, ...]
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as read, written back on save
+    model_type = "llava"
+
+    def towers(self):
+        """(vision tower, projector): image tokens are projector(vision(pixels))."""
+        return VisionTower(self.vision, self.num_vision_blocks), Projector(self.vision.hidden_size, self.decoder.hidden_size)
+
+    def grid(self, pixels=None):
+        """(rows, columns) of image tokens of one preprocessed picture; of a rendered scene when there is none."""
+        return (self.vision.image_size // self.vision.patch_size,) * 2
+
+    def stack(self, pictures):
+        """Preprocessed pictures -> what the vision tower takes, with a length and .to(device)."""
+        return torch.stack(pictures)
+
+    def positions(self, ids, grid):
+        """Rotary positions of a sequence with a picture of grid = (rows, columns) image tokens, when they are not 0 .. T - 1. Here they are."""
+        return None
+
+    def hub_name(self, key):
+        """Name of a parameter of LVLM -> its name in the hub's layout."""
+        return to_hub(key)
 
     @property
     def num_image_tokens(self):
-        return (self.vision.image_size // self.vision.patch_size) ** 2
+        return math.prod(self.grid())
 
     @property
     def num_vision_blocks(self):
@@ -99,11 +125,14 @@ class LVLMConfig:
 SUPPORTED = {
     "original": {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False,),
                  "mm_use_im_patch_token": (False,), "image_aspect_ratio": ("pad", "square", None)},
-    "top": {"model_type": ("llava",), "projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",),
+    "top": {"model_type": ("llava", "qwen2_vl"), "projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",),
             "multimodal_projector_bias": (True,), "quantization_config": (None,)},
     "vision_config": {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",), "num_channels": (3,)},
     "text_config": {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
                     "rope_scaling": (None,), "quantization_config": (None,)},
+    "qwen2_vl": {"quantization_config": (None,)},
+    "qwen2_vl vision_config": {"hidden_act": ("quick_gelu",), "in_channels": (3,), "in_chans": (3,)},
+    "qwen2_vl text_config": {"hidden_act": ("silu",), "use_sliding_window": (False,), "quantization_config": (None,)},
 }  # fmt: skip
 
 
@@ -150,7 +179,15 @@ def hub_config(raw, tower):
 
 
 def parse_config(raw):
-    """config.json of a llava folder (a dict) -> LVLMConfig. ValueError names a missing field or one this code cannot honour."""
+    """config.json of a model folder (a dict) -> LVLMConfig or Qwen2VLConfig, as its model_type says.
+
+    ValueError names a missing field or one this code cannot honour.
+    """
+    return parse_qwen2_vl(raw) if raw.get("model_type") == "qwen2_vl" else parse_llava(raw)
+
+
+def parse_llava(raw):
+    """parse_config for LLaVA-1.5."""
     sections = {"top": raw, "vision_config": raw.get("vision_config"), "text_config": raw.get("text_config")}
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -188,6 +225,11 @@ def read_config(folder, tower=None):
 # ------------------------------------------------------------------------------------------------------ vision tower
 
 
+def quick_gelu(x):
+    """x sigmoid(1.702 x), the approximate GELU of both vision towers."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class VisionBlock(nn.Module):
     """Pre-norm transformer block of CLIP-ViT: every patch sees every patch."""
 
@@ -204,12 +246,13 @@ class VisionBlock(nn.Module):
         q, k, v = (self.self_attn[name](normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + N, K)
         x = x + self.self_attn["out_proj"](attended.transpose(1, 2).flatten(2))
-        up = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](up * torch.sigmoid(1.702 * up))  # quick-GELU
+        return x + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.layer_norm2(x))))
 
 
 class VisionTower(nn.Module):
     """Phi_v: pixels (B, 3, height, width) -> patch features (B, N, C) of the layer that `vision_feature_layer` names."""
+
+    patches_per_token = 1
 
     def __init__(self, config, num_blocks):
         super().__init__()
@@ -229,6 +272,10 @@ class VisionTower(nn.Module):
             x = block(x)
         return x[:, 1:]  # the class token is dropped
 
+    def run_weights(self):
+        """The parameters that every patch meets."""
+        return [self.patch_embedding.weight, *(p for block in self.layers[: self.num_blocks] for p in block.parameters())]
+
 
 class Projector(nn.Module):
     """g: vision features (B, N, C) -> decoder inputs (B, N, D); two layers with the exact (erf) GELU."""
@@ -246,27 +293,28 @@ class Projector(nn.Module):
 
 
 class FrozenLinear(torch.autograd.Function):
-    """x W^T for a frozen W (out, in), which may be stored in another dtype than x: it is converted where it is used, and no copy is kept."""
+    """x W^T + b for frozen W (out, in) and b (out,) or None, which may be stored in another dtype than x: they are converted where they are
+    used, and no copy is kept."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, bias=None):
         ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
+        return grad @ weight.to(grad.dtype), None, None
 
 
 class Linear(nn.Linear):
-    """x W^T without bias, in the dtype of x."""
+    """x W^T, without bias unless one is asked for, in the dtype of x."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -282,12 +330,26 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * normed
 
 
-def rotary_tables(positions, width, theta, dtype):
-    """cos and sin of the rotary angles, (..., T, K), computed in float32. positions: (..., T) integers."""
-    frequencies = theta ** -(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)  # (K / 2,)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)  # the rotate-half layout pairs channel i with i + K / 2
+def frequencies(width, theta, device):
+    """Rotary frequencies of `width` channels, (width / 2,)."""
+    return theta ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+
+
+def cos_and_sin(angles, dtype):
+    """cos and sin of rotary angles (..., K / 2), (..., K) each: the rotate-half layout pairs channel i with i + K / 2."""
+    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_tables(positions, width, theta, dtype, sections=()):
+    """cos and sin of the rotary angles, (..., T, K), computed in float32. positions: (..., T) integers.
+
+    positions (3, B, T) are three axes: the first sections[0] of the frequencies turn with the first axis, and so on; (B, T, K).
+    """
+    angles = positions[..., None].float() * frequencies(width, theta, positions.device)
+    if positions.ndim == 3:
+        angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(sections, dim=-1))], dim=-1)
+    return cos_and_sin(angles, dtype)
 
 
 def rotate(x, cos, sin):
@@ -336,7 +398,7 @@ def pick(x, rows):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions, no biases.
+    """Causal grouped-query attention with rotary positions; biases on q, k and v in Qwen2 only.
 
     Training passes no mask, so on CUDA in bfloat16 or float16 scaled_dot_product_attention should take PyTorch's FlashAttention kernel:
     torch.profiler then shows `flash_fwd` and `flash_bwd` kernels, and inside torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION) a
@@ -346,9 +408,9 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.head_width
-        self.q_proj = Linear(config.hidden_size, self.heads * self.width)
-        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.width)
-        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.width, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.width, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width, config.qkv_bias)
         self.o_proj = Linear(self.heads * self.width, config.hidden_size)
 
     def project(self, x, rotary):
@@ -417,15 +479,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeds, cache=None, positions=None, rows=None, depth=None):
+    def forward(self, embeds, cache=None, positions=None, rows=None, depth=None, axes=None):
         """cache: where keys and values go, and those of earlier tokens come from. positions: (B or 1, T), where each token stands in its
         row, when it follows others in the cache; otherwise they are 0 .. T - 1.
 
         rows: flat indices b * T + t of the states that are wanted, (M, D); what the last block does for the others after its attention is
         left out. None: all, (B, T, D). depth: how many blocks are run, 1 or more; the final norm follows when it is all of them, or None.
+
+        axes: (3, B, T) or (B, T), rotary positions when they are not where the tokens stand.
         """
         assert depth is None or 1 <= depth <= len(self.layers), depth
-        rotary, x, blocks = self.rotary(embeds, positions), embeds, self.layers[:depth]
+        rotary, x, blocks = self.rotary(embeds, positions if axes is None else axes), embeds, self.layers[:depth]
         for layer, block in enumerate(blocks):
             wanted = rows if layer + 1 == len(blocks) else None
             if self.checkpointing and torch.is_grad_enabled():
@@ -435,14 +499,14 @@ class Decoder(nn.Module):
         return self.norm(x) if len(blocks) == len(self.layers) else x
 
     def rotary(self, embeds, positions=None):
-        """(cos, sin), (B or 1, 1, T, K) each, for tokens at `positions` (B or 1, T), or at 0 .. T - 1."""
+        """(cos, sin), (B or 1, 1, T, K) each, for tokens at `positions` (B or 1, T) or (3, B, T), or at 0 .. T - 1."""
         where = torch.arange(embeds.shape[1], device=embeds.device)[None] if positions is None else positions
-        cos, sin = rotary_tables(where, self.config.head_width, self.config.rope_theta, embeds.dtype)
+        cos, sin = rotary_tables(where, self.config.head_width, self.config.rope_theta, embeds.dtype, self.config.rope_sections)
         return cos[:, None], sin[:, None]
 
-    def attention_maps(self, embeds):
+    def attention_maps(self, embeds, axes=None):
         """Yields the attention weights of each block, (B, H, T, T), along the usual forward of embeds (B, T, D)."""
-        rotary, x = self.rotary(embeds), embeds
+        rotary, x = self.rotary(embeds, axes), embeds
         for block in self.layers:
             yield block.self_attn.weights(block.input_layernorm(x), rotary)
             x = block(x, rotary)
@@ -456,14 +520,18 @@ def place(embeds, vectors, slots):
     return embeds.index_put((rows, columns), vectors.to(embeds.dtype).expand(len(embeds), count, -1))
 
 
+def place_image(embeds, features, places):
+    """A copy of embeds (B, T, D) with all image tokens, (B, N, D) or (n, D), in their places. places: (2, n), row and slot of each in order."""
+    return embeds.index_put(tuple(places), features.flatten(0, -2).to(embeds.dtype))
+
+
 class LVLM(nn.Module):
-    """A LLaVA-1.5: Phi_l(g(Phi_v(image)), prompt). `head` gives next-token logits; it shares the embedding's weight when tied."""
+    """Phi_l(g(Phi_v(image)), prompt) of either architecture. `head` gives next-token logits; it shares the embedding's weight when tied."""
 
     def __init__(self, config):
         super().__init__()
         self.config, self.wider = config, None  # dtype of the decoder's arithmetic; None: that of the weights
-        self.vision = VisionTower(config.vision, config.num_vision_blocks)
-        self.projector = Projector(config.vision.hidden_size, config.decoder.hidden_size)
+        self.vision, self.projector = config.towers()
         self.decoder = Decoder(config.decoder)
         self.head = Linear(config.decoder.hidden_size, config.decoder.vocab_size)
         if config.decoder.tie_word_embeddings:
@@ -486,7 +554,7 @@ class LVLM(nn.Module):
         return self.decoder.embed_tokens(ids).to(self.compute_dtype)
 
     def image_features(self, pixels):
-        """Pixels (B, 3, height, width), normalised -> image tokens g(Phi_v(x_v)), (B, N, D)."""
+        """Pixels as the image processor stacks them, (B, 3, height, width) or Patches -> image tokens g(Phi_v(x_v)), (B, N, D) or (n, D)."""
         return self.projector(self.vision(pixels))
 
 
@@ -519,11 +587,11 @@ def next_token(logits, sampling, generator):
 
 
 @torch.no_grad()
-def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY):
+def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY, axes=None):
     """Decoding of a batch with the key-value cache.
 
-    embeds: (B, T, D) right-padded decoder inputs; lengths: (B,) real tokens per row. Returns a list of B lists of token ids, each
-    ending before its first `eos_id`.
+    embeds: (B, T, D) right-padded decoder inputs; lengths: (B,) real tokens per row; axes: their rotary positions (3, B, T) when they are
+    not 0 .. T - 1. Returns a list of B lists of token ids, each ending before its first `eos_id`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
@@ -534,7 +602,8 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY):
         raise ValueError(f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {limit} positions: ask for fewer")
     cache = KVCache(lvlm.config.decoder, batch, slots, embeds.device, embeds.dtype)
     generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
-    last = lvlm.decoder(embeds, cache, rows=torch.arange(batch, device=embeds.device) * width + lengths - 1)  # (B, D)
+    last = lvlm.decoder(embeds, cache, rows=torch.arange(batch, device=embeds.device) * width + lengths - 1, axes=axes)  # (B, D)
+    follow = lengths if axes is None else axes.amax(0).gather(1, lengths[:, None] - 1)[:, 0] + 1  # (B,) rotary position of the first new token
     produced, done = [], torch.zeros(batch, dtype=torch.bool, device=embeds.device)
     for step in range(max_new_tokens):
         token = next_token(lvlm.head(last), sampling, generator)  # (B,)
@@ -542,9 +611,193 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY):
         done |= token == eos_id
         if step + 1 == max_new_tokens or done.all():
             break
-        last = lvlm.decoder(lvlm.embed(token[:, None]), cache, (lengths + step)[:, None])[:, 0]
+        last = lvlm.decoder(lvlm.embed(token[:, None]), cache, (lengths + step)[:, None], axes=(follow + step)[:, None])[:, 0]
     rows = torch.stack(produced, dim=1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------ Qwen2-VL
+
+# The decoder is the one above, with a bias on q, k and v, a tied head, and rotary positions of three axes. Its vision tower takes pictures
+# of any size, 14 x 14 pixels a patch, 2 x 2 patches an image token.
+
+
+@dataclass(frozen=True)
+class Qwen2VLVisionConfig:
+    """Vision dimensions; a field that config.json leaves out takes transformers' Qwen2VLVisionConfig default."""
+
+    depth: int = 32
+    embed_dim: int = 1280
+    mlp_ratio: int = 4
+    num_heads: int = 16
+    patch_size: int = 14  # pixels, square
+    temporal_patch_size: int = 2  # frames a patch spans; a still picture is shown in each
+    spatial_merge_size: int = 2  # patches a side of an image token
+
+    @property
+    def token_side(self):
+        """Pixels a side of an image token."""
+        return self.patch_size * self.spatial_merge_size
+
+    @property
+    def image_size(self):
+        """Pixels a side that scenes are rendered with (ours: 8 x 8 image tokens; any size would do)."""
+        return 8 * self.token_side
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig:
+    """What config.json of a Qwen2-VL folder says; the same interface as LVLMConfig."""
+
+    vision: Qwen2VLVisionConfig
+    decoder: DecoderConfig
+    image_token_id: int
+    raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json in nested form, written back on save
+    model_type = "qwen2_vl"
+
+    def towers(self):
+        return PatchTower(self.vision), PatchMerger(self.vision, self.decoder.hidden_size)
+
+    def grid(self, pixels=None):
+        return (self.vision.image_size // self.vision.token_side,) * 2 if pixels is None else tuple(pixels.shape[:2])
+
+    def stack(self, pictures):
+        return Patches(torch.cat([pixels.flatten(0, 2) for pixels in pictures]), [self.grid(pixels) for pixels in pictures])
+
+    def positions(self, ids, grid):
+        """(3, T): time, row and column of every token, from where the placeholder ids stand (after transformers' get_rope_index).
+
+        A text token has one position on all axes; in a picture of grid = (rows, columns) image tokens time stands still while row and
+        column count from the picture's start; the next text token follows the largest of all.
+        """
+        (rows, columns), start = grid, ids.index(self.image_token_id)
+        text = lambda count: torch.arange(count).expand(3, -1)
+        picture = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).T  # (3, N)
+        return torch.cat([text(start), picture + start, text(len(ids) - start - rows * columns) + start + max(grid)], dim=1)
+
+    def hub_name(self, key):
+        return next(theirs + key[len(ours) :] for ours, theirs in QWEN2_VL_NAMES if key.startswith(ours))
+
+
+QWEN2_VL_NAMES = (("vision.", "visual."), ("projector.", "visual.merger."), ("decoder.", "model."), ("head.", "lm_head."))
+QWEN2_VL_TEXT = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}  # where transformers' Qwen2VLTextConfig has other defaults than Llama's
+QWEN2_VL_TOP = ("architectures", "model_type", "vision_config", "torch_dtype", "dtype", "transformers_version", "quantization_config",
+                "tie_word_embeddings", "image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id",
+                "vision_end_token_id")  # fmt: skip  # what stays outside text_config
+
+
+def parse_qwen2_vl(raw):
+    """parse_config for Qwen2-VL: the hub's flat form, or the nested one of transformers 4.52 and later."""
+    if "text_config" not in raw:
+        text = {"model_type": "qwen2_vl_text", **{key: value for key, value in raw.items() if key not in QWEN2_VL_TOP}}
+        raw = {key: raw[key] for key in QWEN2_VL_TOP if key in raw} | {"text_config": text}
+    check_supported("qwen2_vl", raw)
+    for name in ("vision_config", "text_config"):
+        section = raw.get(name) or {}
+        if not section.get("model_type", "qwen2_vl").startswith("qwen2_vl"):
+            raise ValueError(f"config.json: top.model_type is 'qwen2_vl', but {name}.model_type is {section['model_type']!r}")
+        check_supported(f"qwen2_vl {name}", section)
+    if not isinstance(raw.get("vision_config"), dict) or raw.get("image_token_id") is None:
+        raise ValueError("config.json has no vision_config or no image_token_id: wanted the layout of Qwen/Qwen2-VL-2B-Instruct")
+    text = {**QWEN2_VL_TEXT, **raw["text_config"]}
+    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)  # either place, by version
+    decoder = DecoderConfig(**{k: v for k, v in text.items() if k in DecoderConfig.__dataclass_fields__} | qwen2_vl_rope(text), qkv_bias=True)
+    if sum(decoder.rope_sections) != decoder.head_width // 2:
+        raise ValueError(f"config.json: mrope_section is {decoder.rope_sections}, but a head has {decoder.head_width // 2} rotary frequencies")
+    vision = {k: v for k, v in raw["vision_config"].items() if k in Qwen2VLVisionConfig.__dataclass_fields__}
+    return Qwen2VLConfig(Qwen2VLVisionConfig(**vision), decoder, raw["image_token_id"], raw)
+
+
+def qwen2_vl_rope(text):
+    """{"rope_theta", "rope_sections"} of a text_config: the hub's rope_theta and rope_scaling, or transformers 5's rope_parameters."""
+    rope = {"rope_theta": text.get("rope_theta", 1e6), "mrope_section": [16, 24, 24]}  # transformers' defaults
+    rope |= text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope}
+    theta, sections = rope.pop("rope_theta"), tuple(rope.pop("mrope_section"))
+    if rope or kinds - {"mrope", "default"} or len(sections) != 3:
+        raise ValueError(f"config.json: rotary positions {sorted(kinds)} {sections} {rope}; this code does mrope with three sections only")
+    return {"rope_theta": theta, "rope_sections": sections}
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Pictures of any sizes, one after another. An image token's 2 x 2 patches are neighbours; grids stay on the host."""
+
+    values: torch.Tensor  # (n, 3 * frames * side * side) patches of all pictures
+    grids: list  # [(rows, columns) of image tokens of each picture]
+
+    def __len__(self):
+        return len(self.grids)
+
+    def to(self, device):
+        return Patches(self.values.to(device), self.grids)
+
+
+class PatchBlock(nn.Module):
+    """Pre-norm transformer block; every patch sees those of its own picture."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.heads = config.embed_dim, config.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config.mlp_ratio * width), "fc2": nn.Linear(config.mlp_ratio * width, width)})
+
+    def forward(self, x, rotary, counts):
+        """x: (n, C); counts: patches of each picture."""
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, 1, self.heads, -1)).permute(1, 2, 3, 0, 4)  # (1, H, n, K) each
+        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        pictures = zip(*(each.split(counts, dim=2) for each in (q, k, v)))
+        attended = torch.cat([F.scaled_dot_product_attention(*picture) for picture in pictures], dim=2)
+        x = x + self.attn["proj"](attended[0].transpose(0, 1).flatten(1))
+        return x + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class PatchTower(nn.Module):
+    """Phi_v of Qwen2-VL: Patches -> features of every patch (n, C). After transformers' modeling_qwen2_vl; changed: still pictures only."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.merge, self.head_width = config.spatial_merge_size, config.embed_dim // config.num_heads
+        self.patches_per_token = self.merge**2
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, config.embed_dim, kernel, stride=kernel, bias=False)})
+        self.blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
+
+    def forward(self, patches):
+        weight = self.patch_embed["proj"].weight.flatten(1)  # a patch fills the kernel, so the convolution is one product
+        x = F.linear(patches.values.to(weight.dtype), weight)
+        rotary = self.rotary(patches.grids, x.device)
+        counts = [rows * columns * self.patches_per_token for rows, columns in patches.grids]
+        for block in self.blocks:
+            x = block(x, rotary, counts)
+        return x
+
+    def rotary(self, grids, device):
+        """cos and sin, (n, K) each: half of a head's channels turn with the patch's row, half with its column."""
+        inside = torch.arange(self.merge)
+        each = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns), inside, inside) for rows, columns in grids]
+        positions = torch.cat([self.merge * where[:, :2] + where[:, 2:] for where in each]).to(device)  # (n, 2)
+        angles = positions[..., None].float() * frequencies(self.head_width // 2, 10000.0, device)  # (n, 2, K / 4)
+        return cos_and_sin(angles.flatten(1), torch.float32)
+
+    def run_weights(self):
+        """The parameters that every patch meets."""
+        return list(self.parameters())
+
+
+class PatchMerger(nn.Module):
+    """g of Qwen2-VL: features of patches (n, C) -> image tokens (n / 4, D), the 2 x 2 patches of each side by side."""
+
+    def __init__(self, config, decoder_width):
+        super().__init__()
+        self.count = config.spatial_merge_size**2
+        width = config.embed_dim * self.count
+        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, decoder_width))
+
+    def forward(self, features):
+        return self.mlp(self.ln_q(features).unflatten(0, (-1, self.count)).flatten(1))
 
 
 # ------------------------------------------------------------------------------------------------------ weights on disk
@@ -558,13 +811,14 @@ PREFIXES = (
     ("language_model.model.", "decoder."),  # llava-hf
     ("language_model.lm_head.", "head."),
     ("multi_modal_projector.", "projector."),
+    *((root + theirs, ours) for root in ("visual.", "model.visual.") for theirs, ours in (("merger.", "projector."), ("", "vision."))),  # Qwen2-VL
     ("model.language_model.", "decoder."),  # transformers 4.52 and later
     ("model.multi_modal_projector.", "projector."),
     ("lm_head.", "head."),
     ("model.mm_projector.0.", "projector.linear_1."),  # the original LLaVA
     ("model.mm_projector.2.", "projector.linear_2."),
     *((root + part, "vision.") for root in VISION_ROOTS for part in ("embeddings.", "encoder.", "")),
-    ("model.", "decoder."),  # the original LLaVA
+    ("model.", "decoder."),  # the original LLaVA; Qwen2-VL
 )
 IGNORED_SUFFIXES = ("embeddings.position_ids", "rotary_emb.inv_freq")  # tables that old checkpoints carry and that are recomputed
 IGNORED_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # the rest of a CLIP folder
@@ -577,7 +831,7 @@ def to_ours(key):
 
 
 def to_hub(key):
-    """Name of a parameter of LVLM -> its name in the hub's layout."""
+    """Name of a parameter of a LLaVA -> its name in the hub's layout."""
     if key.startswith("vision."):
         part = "encoder." if key.startswith("vision.layers.") else "" if "layrnorm" in key or "post_layernorm" in key else "embeddings."
         return f"vision_tower.vision_model.{part}{key[len('vision.') :]}"
@@ -659,7 +913,7 @@ def load_weights(lvlm, folder, device, dtype, tower=None):
         found |= stored_tensors(shard_files(tower))
     if tied:
         found.pop("head.weight", None)  # some tied checkpoints store the shared weight twice
-    wanted = {found[name].name if name in found else to_hub(name): p.shape for name, p in lvlm.named_parameters()}
+    wanted = {found[name].name if name in found else lvlm.config.hub_name(name): p.shape for name, p in lvlm.named_parameters()}
     try:
         check_keys({stored.name: stored.shape for stored in found.values()}, wanted)
     except ValueError as error:
@@ -706,7 +960,7 @@ def save_weights(named, raw_config, folder, dtype, shard_bytes=5_000_000_000):
 
     One model.safetensors, or shards of at most shard_bytes (a larger tensor has one of its own) with their index.
     """
-    folder, parts, shard = Path(folder), [], {}
+    folder, parts, shard, hub_name = Path(folder), [], {}, parse_config(raw_config).hub_name
     folder.mkdir(parents=True, exist_ok=True)
 
     def flush():
@@ -718,7 +972,7 @@ def save_weights(named, raw_config, folder, dtype, shard_bytes=5_000_000_000):
         stored = tensor.detach().to("cpu", dtype).contiguous()
         if shard and stored.nbytes + sum(t.nbytes for t in shard.values()) > shard_bytes:
             flush()
-        shard[to_hub(name)] = stored
+        shard[hub_name(name)] = stored
     flush()
     names = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)] if len(parts) > 1 else ["model.safetensors"]
     for (part, _), name in zip(parts, names):

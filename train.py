@@ -482,7 +482,7 @@ class HeldOutScenes:
         image_emb, text_emb = benchmarks.embed(model, self.benchmark)
         gallery = self.benchmark.gallery
         captioned = benchmarks.captioned_scenes(self.config.eval_seed, min(LONG_CAPTIONS, gallery), model.lvlm.config.vision.image_size)
-        told = {"image_mode": model.settings.image_mode, "long_captions": benchmarks.caption_loss(model, captioned)}
+        told = {"image_mode": model.image_processor.mode, "long_captions": benchmarks.caption_loss(model, captioned)}
         results = benchmarks.score(self.benchmark, image_emb, text_emb) | told
         return Measured(results, similarity(image_emb[:gallery], text_emb[:gallery]))
 
@@ -507,7 +507,7 @@ class HeldOutRows:
         image_emb, text_emb = (each.cpu() for each in emb)
         captioned = [(row["image"], row["long"]) for row in self.rows if row["long"]][:LONG_CAPTIONS]
         told = {"long_captions": benchmarks.caption_loss(model, captioned)} if captioned else {}
-        results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.settings.image_mode} | told
+        results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.image_processor.mode} | told
         return Measured(
             results | {"retrieval": benchmarks.recall_at(image_emb, text_emb, torch.arange(len(self.rows)))}, similarity(image_emb, text_emb)
         )
@@ -591,10 +591,12 @@ def resolve(config, model, rows):
 
 
 def fitting_micro_batch(model, checkpointing):
-    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions as long as they may be."""
+    """The most rows whose activations fit into 0.6 of the memory that is free now, with captions as long as they may be and the largest
+    picture that the image processor makes."""
     texts = {"vladva": 1, "text-text": 3, "vladva+text-text": 4}[model.settings.loss]
     longest = {side: limits[-1] for side, limits in data.LIMITS.items()}
-    tokens = len(model.image_sequence().ids) + longest["long"] + texts * (len(model.text_sequence("a").ids) + longest["short"])
+    tokens = len(model.image_sequence(grid=model.image_processor.largest).ids) + longest["long"]
+    tokens += texts * (len(model.text_sequence("a").ids) + longest["short"])
     row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize)
     return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
 
@@ -674,10 +676,9 @@ def step_flops(model, parts, config):
     frozen, factors = [0, 0], [0, 0]  # numbers that every token meets, and only the states that are used
     late = tuple(f"{decoder.num_hidden_layers - 1}.{name}" for name in ("self_attn.o_proj", "mlp"))
     for name, p in lvlm.decoder.layers.named_parameters():
-        if "proj." in name:
+        if "proj." in name and p.ndim == 2:
             (factors if "lora_" in name else frozen)[name.startswith(late)] += p.numel()
-    seen = sum(p.numel() for block in lvlm.vision.layers[: lvlm.vision.num_blocks] for p in block.parameters())
-    seen += sum(p.numel() for p in (*lvlm.projector.parameters(), lvlm.vision.patch_embedding.weight))
+    seen = lvlm.vision.patches_per_token * sum(p.numel() for p in lvlm.vision.run_weights()) + sum(p.numel() for p in lvlm.projector.parameters())
     for part in parts:
         whole, first = part.batches, part.prompts().batches
         forwards = whole * (1 + config.checkpointing) + first * config.grad_cache
@@ -688,7 +689,7 @@ def step_flops(model, parts, config):
                 causal * batch.ids.numel() * batch.ids.shape[1] * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
             )
         products += 4 * len(part.targets) * decoder.vocab_size * decoder.hidden_size
-        products += (1 + config.grad_cache) * pictures([part]) * 2 * seen * lvlm.config.num_image_tokens
+        products += (1 + config.grad_cache) * 2 * seen * (part.images.image_places.shape[1] if part.images else 0)
     return products, attention
 
 

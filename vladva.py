@@ -17,7 +17,7 @@ Not here: the network (model.py), files and pictures (data.py), the training loo
 import argparse
 import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import math
 import os
@@ -57,6 +57,8 @@ class Settings:
     learn_temperature: bool = False  # ours; clamped to [.01, 1]
     next_token_weight: float = 1.0  # ours: the paper's text reads as a plain sum
     image_mode: str = "crop"  # ours: "crop" as llava-hf's processor does, "pad" as the original LLaVA
+    min_pixels: int | None = None  # of a picture, for Qwen2-VL; None: as the model's folder says (the paper states no pixel budget)
+    max_pixels: int | None = None
 
     def __post_init__(self):
         if self.loss not in ("vladva", "text-text", "vladva+text-text"):
@@ -239,6 +241,8 @@ class Sequence:
     summary: int  # the last token of the template, whose hidden state is the embedding
     image_slot: int | None = None  # first image token
     loss_start: int | None = None  # first token of the long caption
+    image_tokens: int = 0  # N
+    axes: torch.Tensor | None = None  # (3, T) rotary positions, when they are not 0 .. T - 1
 
 
 @dataclass(frozen=True)
@@ -248,10 +252,11 @@ class Batch:
     ids: torch.Tensor  # (B, T)
     prompt_slots: torch.Tensor  # (B,)
     summary: torch.Tensor  # (B,)
-    image_slots: torch.Tensor | None  # (B,)
+    image_places: torch.Tensor  # (2, n) row and slot of every image token, in order
     loss_index: torch.Tensor  # (M,) flat index b * T + t of every state that predicts a long-caption token
     targets: torch.Tensor  # (M,) those tokens
     prompt_width: int  # tokens up to the last summary token
+    axes: torch.Tensor | None = None  # (3, B, T) rotary positions, when they are not 0 .. T - 1
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -265,21 +270,25 @@ class Batch:
 
     def prompts(self):
         """The same sequences cut after their summary tokens: all that the embeddings depend on."""
-        return dataclasses.replace(self, ids=self.ids[:, : self.prompt_width], loss_index=self.loss_index[:0], targets=self.targets[:0])
+        width, axes = self.prompt_width, self.axes
+        cut = {"ids": self.ids[:, :width], "axes": None if axes is None else axes[..., :width]}
+        return dataclasses.replace(self, **cut, loss_index=self.loss_index[:0], targets=self.targets[:0])
 
 
 def collate(sequences, pad_id):
     """Sequences -> Batch. Padding stands right of the last real token, where causal attention never lets it be seen."""
     width = max(len(s.ids) for s in sequences)
+    columns = [(s.image_slot or 0) + torch.arange(s.image_tokens) for s in sequences]
     predicting = [(b, t - 1) for b, s in enumerate(sequences) if s.loss_start for t in range(s.loss_start, len(s.ids))]
     return Batch(
         ids=torch.tensor([s.ids + [pad_id] * (width - len(s.ids)) for s in sequences]),
         prompt_slots=torch.tensor([s.prompt_slot for s in sequences]),
         summary=torch.tensor([s.summary for s in sequences]),
-        image_slots=None if sequences[0].image_slot is None else torch.tensor([s.image_slot for s in sequences]),
+        image_places=torch.stack([torch.repeat_interleave(torch.tensor([s.image_tokens for s in sequences])), torch.cat(columns)]),
         loss_index=torch.tensor([b * width + t for b, t in predicting], dtype=torch.long),
         targets=torch.tensor([sequences[b].ids[t + 1] for b, t in predicting], dtype=torch.long),
         prompt_width=max(s.summary for s in sequences) + 1,
+        axes=None if sequences[0].axes is None else torch.stack([F.pad(s.axes, (0, width - len(s.ids))) for s in sequences], dim=1),
     )
 
 
@@ -287,7 +296,7 @@ def collate(sequences, pad_id):
 class TrainingBatch:
     """Rows, tokenised: every picture with its long caption if it has one, every short caption with the row of its picture, triples of texts."""
 
-    pixels: torch.Tensor | None  # (B, 3, height, width)
+    pixels: torch.Tensor | None  # of B pictures, as the image processor stacks them: (B, 3, height, width) in LLaVA
     images: Batch | None  # B rows
     texts: Batch | None  # as many rows as there are short captions
     with_short: torch.Tensor  # row in `images` of each row of `texts`
@@ -351,7 +360,7 @@ class VladVA(nn.Module):
             raise ValueError(f"{adapter} was trained with other settings than those asked for: {stored}")
         config = lvlm_module.read_config(folder, tower)
         tokenizer = data.Tokenizer(folder, config)
-        image_processor = data.ImageProcessor(folder, config, stored.image_mode, tower)
+        image_processor = data.image_processor(folder, config, stored.image_mode, tower, (stored.min_pixels, stored.max_pixels))
         model = cls(lvlm_module.load_lvlm(folder, device, dtype, tower), tokenizer, image_processor, stored, str(name))
         if adapter:
             model.attach()
@@ -398,45 +407,50 @@ class VladVA(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- Sec. 3.2.3: templates
 
-    def sequence(self, template, prompt, caption="", more="", end=()):
+    def sequence(self, template, prompt, caption="", more="", end=(), grid=None):
         """Tokenise a filled template once and find its parts by their characters; `more` continues it after the summary token, ids `end` close it.
 
-        Tokenising the parts apart would give other ids: a tokenizer may join characters across their borders.
+        grid: (rows, columns) of image tokens of the picture, None: a rendered scene's. Tokenising the parts apart would give other
+        ids: a tokenizer may join characters across their borders.
         """
+        template = self.tokenizer.spelled(template)
         head = template.format(prompt=prompt, caption=caption)
         encoding = self.tokenizer.encode(head + more)
         ids, offsets = [*encoding.ids, *end], encoding.offsets
         first_char = len(template[: template.index("{prompt}")].format(caption=caption))
         inside = [t for t, (a, b) in enumerate(offsets) if a < first_char + len(prompt) and b > first_char]
         summary = max(t for t, (a, b) in enumerate(offsets) if a < b <= len(head))
-        picture = [t for t, token in enumerate(ids) if token == self.tokenizer.image_id]
-        extra = self.lvlm.config.num_image_tokens - 1 if picture else 0  # one <image> token becomes N
-        shift = lambda t: t + extra if picture and t > picture[0] else t
-        if picture:
-            ids = ids[: picture[0]] + [self.tokenizer.placeholder_id] * (extra + 1) + ids[picture[0] + 1 :]
+        picture, count, axes = [t for t, token in enumerate(ids) if token == self.tokenizer.image_id], 0, None
+        if picture:  # one image token becomes N
+            grid = grid or self.lvlm.config.grid()
+            count = math.prod(grid)
+            ids = ids[: picture[0]] + [self.tokenizer.placeholder_id] * count + ids[picture[0] + 1 :]
+            axes = self.lvlm.config.positions(ids, grid)
+        shift = lambda t: t + count - 1 if picture and t > picture[0] else t
         limit = self.lvlm.config.decoder.max_position_embeddings
         if len(ids) > limit:
             raise ValueError(f"{len(ids)} tokens, but the model has {limit} positions: shorten {(caption or more)[:60]!r}...")
-        return Sequence(ids, shift(inside[0]), len(inside), shift(summary), picture[0] if picture else None, shift(summary) + 1 if more else None)
+        loss_start = shift(summary) + 1 if more else None
+        return Sequence(ids, shift(inside[0]), len(inside), shift(summary), picture[0] if picture else None, loss_start, count, axes)
 
-    @functools.cached_property
-    def image_prompts(self):
-        """The image template alone, and with the turn that asks for the long caption."""
-        turn = DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)
-        return self.sequence(*self.templates["image"]), self.sequence(*self.templates["image"], more=turn)
+    def detail_turn(self, long=None):
+        """The turn that asks for the long caption, with it or up to it."""
+        template = self.tokenizer.spelled(DETAIL_TEMPLATE + ("" if long is None else " {caption}"))
+        return template.format(prompt=self.settings.detail_prompt, caption=long)
 
     @property
     def templates(self):
         """{modality: (template, hand prompt)}."""
         return {modality: tuple(getattr(self.settings, f"{modality}_{part}") for part in ("template", "prompt")) for modality in ("image", "text")}
 
-    def image_sequence(self, long=None):
+    def image_sequence(self, long=None, grid=None):
         """Template for the image modality; with a long caption, the second turn that Eq. 2 is computed on follows the summary token."""
-        alone, asked = self.image_prompts
+        alone = self.sequence(*self.templates["image"], grid=grid)
         if long is None:
             return alone
-        told = f"{DETAIL_TEMPLATE.format(prompt=self.settings.detail_prompt)} {self.tokenizer.checked(long)}"
-        whole = self.sequence(*self.templates["image"], more=told, end=[self.tokenizer.eos_id])
+        asked = self.sequence(*self.templates["image"], more=self.detail_turn(), grid=grid)
+        told = self.detail_turn(self.tokenizer.checked(long))
+        whole = self.sequence(*self.templates["image"], more=told, end=[self.tokenizer.eos_id], grid=grid)
         assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(alone.ids)] == alone.ids, "a long caption changed the tokens before it"
         return dataclasses.replace(whole, loss_start=len(asked.ids))
 
@@ -444,14 +458,20 @@ class VladVA(nn.Module):
         """Template for the text modality."""
         return self.sequence(*self.templates["text"], caption=self.tokenizer.checked(caption))
 
+    def prepared(self, pictures):
+        """RGB pictures -> (their pixels, stacked; (rows, columns) of image tokens of each)."""
+        each = [self.image_processor(picture) for picture in pictures]
+        return self.lvlm.config.stack(each), [self.lvlm.config.grid(pixels) for pixels in each]
+
     def training_batch(self, rows):
         """Rows ({"image": PIL picture or None, "short": str or None, "long": str or None, "triple": 3 texts if any}) -> TrainingBatch on the host."""
         pictured = [row for row in rows if row["image"] is not None]
         with_short = [i for i, row in enumerate(pictured) if row["short"]]
         together = lambda sequences: collate(sequences, self.tokenizer.pad_id) if sequences else None
+        pixels, grids = self.prepared([row["image"] for row in pictured]) if pictured else (None, ())
         return TrainingBatch(
-            pixels=torch.stack([self.image_processor(row["image"]) for row in pictured]) if pictured else None,
-            images=together([self.image_sequence(row["long"]) for row in pictured]),
+            pixels=pixels,
+            images=together([self.image_sequence(row["long"], grid) for row, grid in zip(pictured, grids)]),
             texts=together([self.text_sequence(pictured[i]["short"]) for i in with_short]),
             with_short=torch.tensor(with_short, dtype=torch.long),
             triples=together([self.text_sequence(text) for row in rows for text in row.get("triple", ())]),
@@ -467,8 +487,12 @@ class VladVA(nn.Module):
         if pixels is not None:
             with torch.no_grad():  # vision tower and projector are frozen
                 features = self.lvlm.image_features(pixels)
-            embeds = lvlm_module.place(embeds, features, batch.image_slots)
+            embeds = lvlm_module.place_image(embeds, features, batch.image_places)
         return embeds
+
+    def states(self, batch, modality, pixels=None, depth=None):
+        """(B + M, D), hidden states of a Batch: those of the summary tokens, then those that predict a caption token. depth: as the decoder's."""
+        return self.lvlm.decoder(self.embeds(batch, modality, pixels), rows=batch.states, depth=depth, axes=batch.axes)
 
     def outputs(self, batch):
         """Outputs of a TrainingBatch from one forward of its image sequences and one of its texts.
@@ -479,12 +503,12 @@ class VladVA(nn.Module):
         nothing = torch.zeros(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
         image_emb, text_emb, triple_emb, caption_states = nothing, nothing, nothing, nothing
         if batch.images:
-            hidden = self.lvlm.decoder(self.embeds(batch.images, "image", batch.pixels), rows=batch.images.states)  # (B + M, D)
+            hidden = self.states(batch.images, "image", batch.pixels)  # (B + M, D)
             image_emb, caption_states = summary_embedding(hidden[: len(batch.pixels)])[batch.with_short], hidden[len(batch.pixels) :]
         if batch.texts:
-            text_emb = summary_embedding(self.lvlm.decoder(self.embeds(batch.texts, "text"), rows=batch.texts.states))
+            text_emb = summary_embedding(self.states(batch.texts, "text"))
         if batch.triples:
-            triple_emb = summary_embedding(self.lvlm.decoder(self.embeds(batch.triples, "text"), rows=batch.triples.states))
+            triple_emb = summary_embedding(self.states(batch.triples, "text"))
         return Outputs(image_emb, text_emb, triple_emb.unflatten(0, (len(triple_emb) // 3, 3)), caption_states)
 
     def losses(self, outputs, targets, total=None):
@@ -523,22 +547,22 @@ class VladVA(nn.Module):
 
         workers: processes that read and preprocess ahead. read: what makes a picture of an item of `images`. depth: as the decoder's.
         """
-        sequence, parts = self.image_sequence(), []
+        parts = []
 
-        def pixels_of(items):
+        def batch_of(items):
             try:
-                return torch.stack([self.image_processor(read(item)) for item in items])
+                pixels, grids = self.prepared([read(item) for item in items])
+                return pixels, collate([self.image_sequence(grid=grid) for grid in grids], self.tokenizer.pad_id)
             except ValueError as error:  # a broken picture; raised below, where it is not buried in a worker's traceback
                 return error
 
         ahead = {"multiprocessing_context": "fork"} if workers else {}
-        loader = DataLoader(images, batch_size, collate_fn=pixels_of, num_workers=workers, **ahead)
-        for pixels in tqdm(loader, desc="encoding pictures", leave=False, disable=None if len(loader) > 1 else True):
-            if isinstance(pixels, ValueError):
-                raise pixels
-            batch = collate([sequence] * len(pixels), self.tokenizer.pad_id).to(self.lvlm.device)
-            embeds = self.embeds(batch, "image", pixels.to(self.lvlm.device))
-            parts.append(self.lvlm.decoder(embeds, rows=batch.states, depth=depth))
+        loader = DataLoader(images, batch_size, collate_fn=batch_of, num_workers=workers, **ahead)
+        for read_ahead in tqdm(loader, desc="encoding pictures", leave=False, disable=None if len(loader) > 1 else True):
+            if isinstance(read_ahead, ValueError):
+                raise read_ahead
+            pixels, batch = (part.to(self.lvlm.device) for part in read_ahead)
+            parts.append(self.states(batch, "image", pixels, depth))
         return torch.cat(parts) if parts else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
 
     @torch.no_grad()
@@ -570,19 +594,19 @@ class VladVA(nn.Module):
 
         Each (N,) sums to what the head gives to the picture; the rest of its 1 goes to the other tokens.
         """
-        batch = collate([self.image_sequence()], self.tokenizer.pad_id).to(self.lvlm.device)
-        embeds = self.embeds(batch, "image", self.image_processor(data.open_image(image))[None].to(self.lvlm.device))
-        seen = (batch.ids[0] == self.tokenizer.placeholder_id).nonzero()[:, 0]  # (N,)
-        return torch.stack([weights[0, :, batch.summary[0]][:, seen] for weights in self.lvlm.decoder.attention_maps(embeds)])
+        pixels, (grid,) = self.prepared([data.open_image(image)])
+        batch = collate([self.image_sequence(grid=grid)], self.tokenizer.pad_id).to(self.lvlm.device)
+        maps = self.lvlm.decoder.attention_maps(self.embeds(batch, "image", pixels.to(self.lvlm.device)), batch.axes)
+        return torch.stack([weights[0, :, batch.summary[0]][:, batch.image_places[1]] for weights in maps])
 
     @torch.no_grad()
     def generate_batch(self, images, prompts, max_new_tokens=128, sampling=lvlm_module.GREEDY):
-        """Answers to one prompt per picture, LLaVA-1.5's template; adapters as they are (`adapter_disabled()` for the original)."""
-        sequences = [self.sequence(GENERATE_TEMPLATE, self.tokenizer.checked(prompt)) for prompt in prompts]
-        batch = collate(sequences, self.tokenizer.pad_id).to(self.lvlm.device)
-        pixels = torch.stack([self.image_processor(data.open_image(image)) for image in images]).to(self.lvlm.device)
-        embeds = lvlm_module.place(self.lvlm.embed(batch.ids), self.lvlm.image_features(pixels), batch.image_slots)
-        answers = lvlm_module.generate(self.lvlm, embeds, batch.summary + 1, self.tokenizer.eos_id, max_new_tokens, sampling)
+        """Answers to one prompt per picture, in the model's own template; adapters as they are (`adapter_disabled()` for the original)."""
+        pixels, grids = self.prepared([data.open_image(image) for image in images])
+        sequences = [self.sequence(GENERATE_TEMPLATE, self.tokenizer.checked(prompt), grid=grid) for prompt, grid in zip(prompts, grids)]
+        batch, features = collate(sequences, self.tokenizer.pad_id).to(self.lvlm.device), self.lvlm.image_features(pixels.to(self.lvlm.device))
+        embeds = lvlm_module.place_image(self.lvlm.embed(batch.ids), features, batch.image_places)
+        answers = lvlm_module.generate(self.lvlm, embeds, batch.summary + 1, self.tokenizer.eos_id, max_new_tokens, sampling, batch.axes)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
     def generate(self, image, prompt, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
@@ -609,7 +633,7 @@ class VladVA(nn.Module):
         lvlm_module.write_tensors(folder / "adapter.safetensors", self.adapter_state(), {"adapter": json.dumps(about)})
 
     def save_merged(self, folder, shard_bytes=5_000_000_000):
-        """Write an adapted model as a plain LLaVA folder: LoRA folded in, soft prompts as added tokens with their own embeddings.
+        """Write an adapted model as a plain folder of its architecture: LoRA folded in, soft prompts as added tokens with their own embeddings.
 
         folder/vladva.json holds the two prompt strings whose last token is the embedding, for transformers or any other reader:
         {"image": "USER:<image_prompt_0>...<image>...", "text": "...{caption}...", "image_mode": "crop"}. Raises ValueError when there is no
@@ -624,7 +648,8 @@ class VladVA(nn.Module):
         tokenizer = self.tokenizer.with_tokens(list(added))
         prompts = {modality: self.merged_prompt(modality, tokenizer) for modality in ("image", "text")}
         ids = [tokenizer.token_to_id(name) for name in added]
-        raw = json.loads(json.dumps(self.lvlm.config.raw)) | {"image_token_index": self.tokenizer.image_id, "torch_dtype": str(self.lvlm.dtype)[6:]}
+        raw = json.loads(json.dumps(self.lvlm.config.raw)) | {"torch_dtype": str(self.lvlm.dtype)[6:]}
+        raw["image_token_id" if "image_token_id" in raw else "image_token_index"] = self.tokenizer.image_id
         raw.pop("dtype", None)
         raw["text_config"]["vocab_size"] = max(self.lvlm.config.decoder.vocab_size, self.tokenizer.image_id + 1, *(i + 1 for i in ids))
         lvlm_module.save_weights(
@@ -632,7 +657,8 @@ class VladVA(nn.Module):
         )
         data.copy_companions(data.model_folder(self.name), folder)
         tokenizer.save(str(folder / "tokenizer.json"))
-        lvlm_module.write_json(folder / "vladva.json", prompts | {"image_mode": self.settings.image_mode})
+        lvlm_module.write_json(folder / "preprocessor_config.json", self.image_processor.raw)
+        lvlm_module.write_json(folder / "vladva.json", prompts | {"image_mode": self.image_processor.mode})
 
     def merged_weights(self, ids, vectors, rows):
         """(name, tensor) of every weight with LoRA folded in; the embedding holds `vectors` at `ids`, it and the head have `rows` rows."""
@@ -648,18 +674,23 @@ class VladVA(nn.Module):
     def prompt_tokens(self, modality):
         """[(added token, its embedding), ...] that stand for a soft prompt in a merged folder.
 
-        What stands between prompt and <image> comes with them: Llama's tokenizer would read a blank between two added tokens as two.
+        The blanks between prompt and <image> come with them: Llama's tokenizer would read a blank between two added tokens as two.
         """
         vectors = self.soft_prompts[modality].detach()
         if modality == "image":
-            sequence = self.image_sequence()
-            gap = sequence.ids[sequence.prompt_slot + sequence.prompt_length : sequence.image_slot]
-            vectors = torch.cat([vectors, self.lvlm.embed(torch.tensor(gap, dtype=torch.long, device=vectors.device)).to(vectors)])
+            blanks = self.blanks_before_image(self.image_sequence())
+            vectors = torch.cat([vectors, self.lvlm.embed(torch.tensor(blanks, dtype=torch.long, device=vectors.device)).to(vectors)])
         return [(f"<{modality}_prompt_{i}>", vector) for i, vector in enumerate(vectors)]
+
+    def blanks_before_image(self, sequence):
+        """Ids between the prompt and what introduces the picture (a special token)."""
+        between = sequence.ids[sequence.prompt_slot + sequence.prompt_length : sequence.image_slot]
+        return list(itertools.takewhile(lambda t: self.tokenizer.inner.id_to_token(t) not in self.tokenizer.special, between))
 
     def merged_prompt(self, modality, tokenizer):
         """The prompt string of a modality for a merged folder's tokenizer; ValueError unless it gives the trained prompt's ids."""
         template, hand_prompt = self.templates[modality]
+        template = self.tokenizer.spelled(template)
         if modality not in self.soft_prompts:
             return template.replace("{prompt}", hand_prompt)
         names = [name for name, _ in self.prompt_tokens(modality)]
@@ -669,11 +700,12 @@ class VladVA(nn.Module):
             sequence = self.sequence(template, hand_prompt, caption)
             before, after = sequence.ids[: sequence.prompt_slot], sequence.ids[sequence.prompt_slot + sequence.prompt_length :]
             if modality == "image":
-                after = [self.tokenizer.image_id, *sequence.ids[sequence.image_slot + self.lvlm.config.num_image_tokens :]]
+                opening = sequence.ids[sequence.prompt_slot + len(names) : sequence.image_slot]  # special tokens before the picture
+                after = [*opening, self.tokenizer.image_id, *sequence.ids[sequence.image_slot + sequence.image_tokens :]]
             return before + [tokenizer.token_to_id(name) for name in names] + after
 
-        for blank in ("", " "):  # some tokenizers put a blank before a text of their own accord
-            prompt = template.replace(" {prompt} ", "".join(names) + blank)
+        for place, blank in itertools.product((" {prompt} ", "{prompt} "), ("", " ")):  # some tokenizers put a blank before a text by themselves
+            prompt = template.replace(place, "".join(names) + blank)
             if all(tokenizer.encode(prompt.replace("{caption}", caption)).ids == wanted(caption) for caption in captions):
                 return prompt
         raise ValueError(f"this tokenizer reads {prompt!r} as other tokens than the trained prompt: it would embed differently")

@@ -46,13 +46,14 @@ def meta_model(size):
 def shaped_batch(model, count, short=SHORT, long=LONG):
     """A TrainingBatch of `count` pairs that has shapes only."""
     empty = lambda *shape: torch.empty(*shape, dtype=torch.long, device="meta")
-    prompt, text = IMAGE_PROMPT + model.lvlm.config.num_image_tokens, TEXT_PROMPT + short
+    image = model.lvlm.config.num_image_tokens
+    prompt, text = IMAGE_PROMPT + image, TEXT_PROMPT + short
 
-    def batch(width, used, prompt_width):
-        return Batch(empty(count, width), empty(count), empty(count), empty(count), empty(count * used), empty(count * used), prompt_width)
+    def batch(width, used, prompt_width, image):
+        return Batch(empty(count, width), empty(count), empty(count), empty(2, count * image), *[empty(count * used)] * 2, prompt_width)
 
-    images = batch(prompt + TURN + long + 1, long + 1, prompt)
-    return TrainingBatch(torch.empty(count, 3, 336, 336, device="meta"), images, batch(text, 0, text), empty(count))
+    images = batch(prompt + TURN + long + 1, long + 1, prompt, image)
+    return TrainingBatch(torch.empty(count, 3, 336, 336, device="meta"), images, batch(text, 0, text, 0), empty(count))
 
 
 def plan():

@@ -70,9 +70,23 @@ def test_refusals(call, message):
         call(small())
 
 
-def test_a_layer_with_bias_is_refused():
-    with pytest.raises(ValueError, match="without bias"):
-        lora.LoRALinear(nn.Linear(3, 3), 2, 2)
+def test_a_layer_with_bias_keeps_it():
+    """W0 x + b + (alpha / R) B A x as peft; switched off bit for bit the frozen layer; merging keeps b, and b takes no gradient."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"q_proj": nn.Linear(6, 5)}).requires_grad_(False)
+    plain, x = module["q_proj"], torch.randn(3, 6, requires_grad=True)
+    frozen = plain(x)
+    assert lora.attach(module, rank=2, alpha=3) == 1
+    layer = nn.init.normal_(module["q_proj"].lora_b) is not None and module["q_proj"]
+    wanted = frozen + 1.5 * F.linear(F.linear(x, layer.lora_a), layer.lora_b)
+    torch.testing.assert_close(layer(x), wanted)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, layer.lora_a, layer.lora_b), retain_graph=True) for out in (layer(x), wanted)]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with lora.disabled(module):
+        assert torch.equal(layer(x), frozen)
+    assert lora.merge(module) == 1 and torch.equal(module["q_proj"].bias, plain.bias)
+    torch.testing.assert_close(module["q_proj"](x), wanted)
 
 
 def test_a_weight_stored_in_bfloat16_is_used_in_the_dtype_of_the_input():
