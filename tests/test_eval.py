@@ -209,6 +209,7 @@ def test_the_committed_prompts_are_50_pairs_that_the_tiny_model_reads_word_by_wo
         assert len(tokenizer.encode(prompt).ids) - 1 == len(re.findall(r"\w+|[^\w\s]", prompt)), prompt
 
 
+@pytest.mark.filterwarnings("ignore:Glyph|constrained_layout")  # a random model says what no font has
 def test_generation_shows_every_model_and_that_switched_off_is_the_base(random_folder, adapter, tmp_path, capsys):
     found = study("generation", random_folder, tmp_path, "--adapter", adapter, "--rival", adapter)
     assert found["adapter off equals base"] and set(found["answers"]) == {"base", "adapter", "adapter off", "rival"}
@@ -217,6 +218,7 @@ def test_generation_shows_every_model_and_that_switched_off_is_the_base(random_f
 
 
 @pytest.mark.parametrize("task", ["prompts", "tokens", "attention", "soft-prompts", "layers", "generation"])
+@pytest.mark.filterwarnings("ignore:Glyph|constrained_layout")
 def test_studies_draw_their_pictures(task, random_folder, adapter, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is an extra")
     write(tmp_path / "prompts.json", [{"image": f"{verb} it.", "text": f"{verb} it."} for verb in ("Describe", "Name", "Give")])
@@ -494,7 +496,10 @@ def test_two_processes_score_as_one(tmp_path, random_folder):
 
 
 def test_saved_embeddings_score_the_same_and_refuse_another_benchmark(tmp_path, random_folder):
+    """Pictures that differ: between two alike rounding decides, and rows are normalised once more when they are read."""
     flickr(tmp_path)
+    for number, name in enumerate(("1.jpg", "2.jpg", "copy.jpg")):
+        data.render(data.make_scene(5, number)).save(tmp_path / name)
     file = tmp_path / "emb.npz"
     flags = ["--task", "flickr30k", "--folder", str(tmp_path), "--json", str(tmp_path / "r.json")]
     benchmarks.main([*flags, "--model", str(random_folder), "--save-embeddings", str(file)])
