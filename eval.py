@@ -710,9 +710,9 @@ def draw_prompts(plt, results):
                       marker=marker, s=12, label=f"{modality} query")  # fmt: skip
     left.set(title="entropy of the next token (Fig. 2)", xlabel="prompt pairs, by mean entropy", ylabel="nats")
     for row in rows:
-        middle.plot(row["image variance"][:40], color=colour(row["entropy"] / top), linewidth=0.8)
+        middle.plot(*zip(*enumerate(row["image variance"][:40], start=1)), color=colour(row["entropy"] / top), linewidth=0.8)
     middle.axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
-    middle.set(title="cumulative variance, images (Fig. 3)", xlabel="principal component, from 0", ylabel="share of the variance")
+    middle.set(title="cumulative variance, images (Fig. 3)", xlabel="principal components", ylabel="share of the variance")
     figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), colour), ax=middle, label="entropy (nats)")
     rho = results["correlations"].get("entropy and R@1", {}).get("rho", math.nan)
     right.set(title=f"zero-shot retrieval (Fig. 5), rho = {rho:.2f}", xlabel="entropy (nats)", ylabel="R@1 (percent)")
@@ -748,7 +748,7 @@ def draw_tokens(plt, results, pictures):
     figure, axes = plt.subplots(len(pictures), 1 + len(columns), figsize=(9.5, 1.8 * len(pictures)), layout="constrained")
     for number, (line, picture, caption) in enumerate(zip(axes.reshape(len(pictures), -1), pictures, results["captions"])):
         line[0].imshow(data.open_image(picture))
-        line[0].set_title(textwrap.fill(caption, 24), fontsize=7)
+        line[0].set_title(textwrap.fill(caption, 22), fontsize=7)
         line[0].axis("off")
         for axis, (when, modality) in zip(line[1:], columns):
             words, shares = zip(*results["tokens"][when][modality][number])
