@@ -562,7 +562,7 @@ def paper_row(task, name):
 
 def paper_name(model, adapter):
     """What the paper calls a model of this repository, with VladVA's adapter or without; None for others."""
-    base = PAPER_NAMES.get(str(model).split("/")[-1].removesuffix("-hf").lower())
+    base = PAPER_NAMES.get(str(model).split("/")[-1].lower().removesuffix("-hf").removesuffix("-instruct"))
     return f"VladVA ({base})" if base and adapter else base
 
 

@@ -527,6 +527,7 @@ def test_the_papers_tables_stand_beside_results(tmp_path, capsys):
     assert benchmarks.paper_row("coco", None) == (None, {})
     assert [benchmarks.paper_name(model, "runs/x") for model in ("llava-hf/llava-1.5-7b-hf", "tiny")] == ["VladVA (LLaVA-1.5-7B)", None]
     assert benchmarks.paper_name("llava-1.5-13b", None) == "LLaVA-1.5-13B"
+    assert benchmarks.paper_name("qwen2-vl-2b", None) == benchmarks.paper_name("Qwen/Qwen2-VL-2B-Instruct", None) == "Qwen2-VL-2B"
 
 
 def test_stored_embeddings_can_be_set_beside_a_row_of_the_paper(tmp_path, capsys):
