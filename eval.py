@@ -748,7 +748,7 @@ def draw_tokens(plt, results, pictures):
     figure, axes = plt.subplots(len(pictures), 1 + len(columns), figsize=(9.5, 1.8 * len(pictures)), layout="constrained")
     for number, (line, picture, caption) in enumerate(zip(axes.reshape(len(pictures), -1), pictures, results["captions"])):
         line[0].imshow(data.open_image(picture))
-        line[0].set_title(textwrap.fill(caption, 22), fontsize=7)
+        line[0].set_title(textwrap.fill(caption, 22, break_on_hyphens=False), fontsize=7)
         line[0].axis("off")
         for axis, (when, modality) in zip(line[1:], columns):
             words, shares = zip(*results["tokens"][when][modality][number])
@@ -890,7 +890,8 @@ def draw_generation(plt, results, pictures):
     for number, ((shown, told), picture) in enumerate(zip(axes, pictures)):
         shown.imshow(data.open_image(picture))
         text = "\n".join(
-            textwrap.fill(f"{name}: {answers[number][0]}", 122, subsequent_indent="    ") for name, answers in results["answers"].items()
+            textwrap.fill(f"{name}: {answers[number][0]}", 122, subsequent_indent="    ", break_on_hyphens=False)
+            for name, answers in results["answers"].items()
         )
         told.text(0, 1, f"{results['prompts'][0]}\n\n{text}", va="top")
         for axis in (shown, told):
