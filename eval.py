@@ -648,6 +648,8 @@ def testbed(model, args):
         captions = [str(data.short_caption(scene, random.Random(f"captions {args.seed} {i}"))) for i, scene in enumerate(scenes)]
         return [data.render(scene, size) for scene in scenes], captions
     rows = data.Pairs(args.data, model.tokenizer).held_out(args.items)
+    if len(rows) < 2:
+        raise ValueError(f"{args.data} and --items {args.items} give {len(rows)} rows with a short caption: at least 2 are needed")
     return [row["image"] for row in rows], [row["short"][0] for row in rows]
 
 
@@ -683,6 +685,8 @@ def run_prompts(model, args):
     """Figs. 2, 3 and 5: what a good prompt is."""
     pictures, captions = testbed(model, args)
     pairs, rows = read_json(args.prompts), []
+    if not isinstance(pairs, list) or any(not isinstance(pair, dict) or set(pair) != {"image", "text"} for pair in pairs) or len(pairs) < 2:
+        raise ValueError(f'{args.prompts}: wanted a list of two or more {{"image": prompt, "text": prompt}}, as assets/prompts.json')
     for pair in tqdm(pairs, desc="prompts", disable=None):
         measures = summary_measures(model.with_prompts(pair["image"], pair["text"]), pictures, captions)
         both = {name: (measures[f"image {name}"] + measures[f"text {name}"]) / 2 for name in ("entropy", "components")}
@@ -703,9 +707,9 @@ def draw_prompts(plt, results):
     """Entropy a prompt pair, cumulative variance coloured by entropy, retrieval against entropy."""
     rows, colour = results["prompts"], plt.get_cmap("viridis")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
-    top, ranks = max(row["entropy"] for row in rows), range(1, len(rows) + 1)
+    top, places = max(row["entropy"] for row in rows), range(1, len(rows) + 1)
     for modality, marker in (("image", "o"), ("text", "^")):
-        left.plot(ranks, [row[f"{modality} entropy"] for row in rows], marker, markersize=3, label=modality)
+        left.plot(places, [row[f"{modality} entropy"] for row in rows], marker, markersize=3, label=modality)
         right.scatter([row["entropy"] for row in rows], [row[f"{modality} to {'text' if modality == 'image' else 'image'} R@1"] for row in rows],
                       marker=marker, s=12, label=f"{modality} query")  # fmt: skip
     left.set(title="entropy of the next token (Fig. 2)", xlabel="prompt pairs, by mean entropy", ylabel="nats")

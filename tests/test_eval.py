@@ -234,10 +234,14 @@ def test_studies_take_a_pairs_file_and_refuse_what_they_cannot_do(random_folder,
         rows.append({"image": f"{i}.png", "short": f"a red circle {i}"})
     write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows)))
     assert study("layers", random_folder, tmp_path, "--data", tmp_path / "pairs.jsonl")["pictures"] == 4
-    for flags, message in (
-        (["--task", "soft-prompts"], "no soft prompts to decode"),
-        (["--task", "prompts", "--adapter", str(adapter)], "adapted model"),
-    ):
+    write(tmp_path / "prompts.json", [{"image": "Describe it."}] * 3)
+    refused = {
+        "no soft prompts to decode": ["--task", "soft-prompts"],
+        "adapted model": ["--task", "prompts", "--adapter", str(adapter)],
+        "wanted a list of two or more": ["--task", "prompts", "--prompts", str(tmp_path / "prompts.json")],
+        "at least 2 are needed": ["--task", "tokens", "--data", str(tmp_path / "pairs.jsonl"), "--items", "1"],
+    }
+    for message, flags in refused.items():
         with pytest.raises(SystemExit) as stopped:
             benchmarks.main([*flags, "--model", str(random_folder), "--out", str(tmp_path)])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
