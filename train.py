@@ -845,11 +845,13 @@ def ablation(config, settings, seeds, jobs, resume):
         (row, seed): (dataclasses.replace(config, **ours, seed=seed, out=str(out / f"{number}-seed-{seed}")), dataclasses.replace(settings, **theirs))
         for number, (row, (ours, theirs)) in enumerate(ABLATION.items(), start=1) for seed in range(config.seed, config.seed + seeds)
     }  # fmt: skip
+    if (config.eval_gallery if config.data == "scenes" else config.holdout) in (0, 1) or settings.loss != "vladva":
+        raise ValueError("--ablation compares the parts of --loss vladva on what is held out: give --eval-gallery or --holdout a number above 1")
     if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds another ablation: go on with --resume, choose another --out, or delete it first")
     scores = dict(zip(planned, run_all(list(planned.values()), jobs)))
     if not all(scores.values()):
-        raise ValueError("nothing was held out, so there is nothing to compare: give --eval-gallery or --holdout a number above 1")
+        raise ValueError(f"{config.data} is too small to hold rows out, so there is nothing to compare: give --holdout a number above 1")
     table = {UNTOUCHED: ablated([scores[key]["before"] for key in planned][:1])}
     table |= {row: ablated([scores[row, seed]["after"] for r, seed in planned if r == row]) for row in ABLATION}
     write_json(out / "ablation.json", {"steps": config.steps, "seeds": seeds, "eval_seed": config.eval_seed, "rows": table})

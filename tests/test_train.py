@@ -412,6 +412,9 @@ def test_the_ablation_trains_every_row_and_goes_on_where_it_stopped(random_folde
     with pytest.raises(SystemExit):
         run(random_folder, tmp_path / "a", "--ablation", *LITTLE)
     assert "another ablation" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(random_folder, tmp_path / "b", "--ablation", *LITTLE, "--eval-gallery", "0")
+    assert "on what is held out" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 def test_two_runs_of_the_ablation_at_a_time_give_what_one_gives(random_folder, tmp_path, monkeypatch):
