@@ -438,6 +438,12 @@ def lines_of(path):
         yield from file
 
 
+def write_lines(path, lines, mode="w"):
+    """Strings as the lines of a file."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
 def line_at(file, starts, number):
     """Line `number` of an open file, as lines_of gives it; safe to call from several processes at once. starts: its line_index."""
     start, end = starts[number : number + 2].tolist()
@@ -1217,7 +1223,7 @@ def merge(args, path, folder, batches, bad, prompts):
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             totals.update({"rows": 1, "cut": sum(told["cut"] for told in new.values()), "empty": len(new) - len(said)} | dict.fromkeys(said, 1))
         if bad:
-            Path(f"{args.out}.bad_rows.txt").write_text("".join(f"{bad[n]}\n" for n in sorted(bad)), encoding="utf-8")
+            write_lines(f"{args.out}.bad_rows.txt", [bad[n] for n in sorted(bad)])
     shutil.rmtree(folder)
     say(f"{args.out}: {totals['rows']:,} rows; {model} wrote {totals['short']:,} short and {totals['long']:,} long captions, of which "
         f"{totals['cut']:,} were cut to the paper's lengths, and nothing {totals['empty']:,} times"
@@ -1232,6 +1238,7 @@ COLOURS = {"red": (214, 39, 40), "green": (34, 150, 62), "blue": (38, 86, 222), 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.50, "large": 0.84}  # width of the object as a share of its cell
 TEXTURES = ("plain", "striped", "dotted")
+ATTRIBUTES = {"size": SIZES, "texture": TEXTURES}  # what a caption may say of an object beside colour, shape and place
 BACKGROUNDS = {"white": (244, 244, 240), "gray": (134, 138, 142), "tan": (205, 178, 138), "brown": (104, 70, 44)}
 GRID = 3  # cells a side; one object a cell at most
 POSITIONS = ("top-left", "top-center", "top-right", "middle-left", "center", "middle-right", "bottom-left", "bottom-center", "bottom-right")
@@ -1255,7 +1262,7 @@ class Thing:
 
     def phrase(self, attributes=()):
         """Noun phrase with an article: "a small striped red circle" for attributes ("size", "texture")."""
-        words = [getattr(self, name) for name in ("size", "texture") if name in attributes] + [self.colour, self.shape]
+        words = [getattr(self, name) for name in ATTRIBUTES if name in attributes] + [self.colour, self.shape]
         return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
@@ -1382,7 +1389,6 @@ def is_true(caption, scene):
 
 
 OPENINGS = ("", "", "", "a picture of ", "an image of ", "there is ", "the image shows ")
-ATTRIBUTES = ("size", "texture")  # what a caption may say of an object beside colour, shape and place
 
 
 def short_caption(scene, rng, style=None, mentions=None, attributes=ATTRIBUTES):
@@ -1463,7 +1469,7 @@ def edit(caption, category, rng):
     if category == "replace_obj":
         mentions[spot] = dataclasses.replace(thing, shape=other(rng, SHAPES, thing.shape)), shown
     elif category == "replace_att":
-        name, values = rng.choice([("colour", COLOURS)] + [(name, {"size": SIZES, "texture": TEXTURES}[name]) for name in shown])
+        name, values = rng.choice([("colour", COLOURS)] + [(name, ATTRIBUTES[name]) for name in shown])
         mentions[spot] = dataclasses.replace(thing, **{name: other(rng, values, getattr(thing, name))}), shown
     elif category == "replace_pos":
         mentions[spot] = dataclasses.replace(thing, cell=other(rng, range(GRID * GRID), thing.cell)), shown
@@ -1480,12 +1486,12 @@ def edit(caption, category, rng):
         cell = other(rng, range(GRID * GRID), thing.cell)
         mentions.append((Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(SIZES)), rng.choice(TEXTURES), cell), ()))
     elif category == "add_att":
-        missing = [name for name in ("size", "texture") if name not in shown]
+        missing = [name for name in ATTRIBUTES if name not in shown]
         if not missing:
             return None
         name = rng.choice(missing)
-        wrong = dataclasses.replace(thing, **{name: other(rng, {"size": SIZES, "texture": TEXTURES}[name], getattr(thing, name))})
-        mentions[spot] = wrong, tuple(n for n in ("size", "texture") if n in shown or n == name)
+        wrong = dataclasses.replace(thing, **{name: other(rng, ATTRIBUTES[name], getattr(thing, name))})
+        mentions[spot] = wrong, tuple(n for n in ATTRIBUTES if n in shown or n == name)
     return dataclasses.replace(caption, mentions=tuple(mentions))
 
 

@@ -149,13 +149,19 @@ class IndexedList:
         return self.places[thing]
 
 
+def described_scene(seed, index):
+    """(scene, Caption) of a held-out scene of a seed."""
+    scene = data.make_scene(seed, index)
+    return scene, data.short_caption(scene, random.Random(f"captions {seed} {index}"))
+
+
 def scene_benchmark(seed, gallery=1000, items=500):
     """Held-out scenes of one seed: a retrieval gallery, `items` hard negatives a category and `items` Winoground-like pairs a kind."""
     scenes, texts = IndexedList(), IndexedList()
     captions = []
     for i in range(gallery):
-        scene = data.make_scene(seed, i)
-        captions.append(data.short_caption(scene, random.Random(f"captions {seed} {i}")))
+        scene, caption = described_scene(seed, i)
+        captions.append(caption)
         scenes.places.setdefault(scene, i)
         scenes.items.append(scene)
         texts.items.append(str(captions[-1]))
@@ -644,9 +650,8 @@ PROMPTS = PAPER.parent / "prompts.json"  # 50 pairs of an image and a text promp
 def testbed(model, args):
     """(pictures, captions): --items held-out scenes with a short caption each, or as many rows of a pairs file."""
     if args.data == "scenes":
-        scenes, size = [data.make_scene(args.seed, i) for i in range(args.items)], model.lvlm.config.vision.image_size
-        captions = [str(data.short_caption(scene, random.Random(f"captions {args.seed} {i}"))) for i, scene in enumerate(scenes)]
-        return [data.render(scene, size) for scene in scenes], captions
+        drawn, size = [described_scene(args.seed, i) for i in range(args.items)], model.lvlm.config.vision.image_size
+        return [data.render(scene, size) for scene, _ in drawn], [str(caption) for _, caption in drawn]
     rows = data.Pairs(args.data, model.tokenizer).held_out(args.items)
     if len(rows) < 2:
         raise ValueError(f"{args.data} and --items {args.items} give {len(rows)} rows with a short caption: at least 2 are needed")

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import data
 import eval as benchmarks
-from data import command, say
+from data import command, say, write_lines
 from model import (
     encode_over_ranks,
     free_bytes,
@@ -331,12 +331,6 @@ def loader(model, rows, config, first):
 def allowed_bad(rows):
     """How many bad rows a run with --on-bad-data skip accepts: 1 % of them, or 3 in a small file."""
     return max(3, rows // 100)
-
-
-def write_lines(path, lines, mode="w"):
-    """Strings as the lines of a file."""
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
 
 
 class BadRows:

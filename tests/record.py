@@ -81,16 +81,14 @@ def record_llava(raw):
 
 
 @torch.no_grad()
-def record_lora(raw, rank, alpha):
-    """Final hidden states of the text decoder with peft's LoRA on its seven linears, and the same after merging."""
-    decoder = reference(raw).model.language_model
+def record_lora(decoder, embeds, rank, alpha):
+    """Final hidden states of a text decoder of transformers with peft's LoRA on its seven linears, and the same after merging."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapted = peft.get_peft_model(decoder, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)).eval()
     for name, p in adapted.named_parameters():
         if "lora_" in name:
             layer, part = name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".", 1)
             p.copy_(lora_weight(layer, part.lower(), p.shape))
-    embeds = drawn("embeds", (2, 11, raw["text_config"]["hidden_size"]))
     plain = lambda model: model(inputs_embeds=embeds).last_hidden_state
     return {"hidden": plain(adapted).clone(), "merged": plain(adapted.merge_and_unload()).clone()}
 
@@ -130,7 +128,9 @@ def main():
     for name, raw in CONFIGS.items():
         print(name)
         save(name, record_llava(raw), raw)
-    save("lora", record_lora(CONFIGS["grouped_query"], 3, 5), {"config": CONFIGS["grouped_query"], "rank": 3, "alpha": 5})
+    raw = CONFIGS["grouped_query"]
+    embeds = drawn("embeds", (2, 11, raw["text_config"]["hidden_size"]))
+    save("lora", record_lora(reference(raw).model.language_model, embeds, 3, 5), {"config": raw, "rank": 3, "alpha": 5})
     save("pixels", record_pixels(STEPS), STEPS)
     shapes = {size: record_shapes(raw) for size, raw in HUB_CONFIGS.items()}
     (RECORDED / "shapes.json").write_text(json.dumps({"versions": versions, **shapes}, separators=(",", ":")) + "\n")

@@ -23,12 +23,12 @@ from conftest import (
     drawn,
     drawn_picture,
     drawn_weight,
-    lora_weight,
     qwen_config,
     qwen_rows,
     shapes_by_layer,
 )
 from PIL import Image
+from record import record_lora
 from safetensors.torch import save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -81,21 +81,6 @@ def record_model(raw):
     return out
 
 
-@torch.no_grad()
-def record_lora(raw, rank, alpha):
-    """Final hidden states of the decoder with peft's LoRA on its seven linears, three of them with a bias, and the same after merging."""
-    decoder = reference(raw).model.language_model
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = peft.get_peft_model(decoder, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)).eval()
-    for name, p in adapted.named_parameters():
-        if "lora_" in name:
-            layer, part = name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".", 1)
-            p.copy_(lora_weight(layer, part.lower(), p.shape))
-    embeds = drawn("embeds", (2, 7, raw["hidden_size"]))
-    plain = lambda model: model(inputs_embeds=embeds).last_hidden_state
-    return {"hidden": plain(adapted).clone(), "merged": plain(adapted.merge_and_unload()).clone()}
-
-
 def record_sizes():
     """smart_resize with the hub's patches under two budgets: (width, height, fewest, most) -> (width, height); patches of one picture."""
     budgets = ((3136, 12845056), (3136, 28 * 28 * 1280), (50000, 100000))
@@ -121,7 +106,8 @@ def main():
     )
     raw = qwen_config(first=80, vocab_size=96)
     save("qwen", record_model(raw), {"config": raw, "processor": QWEN_PROCESSOR | SMALL})
-    save("qwen_lora", record_lora(raw, 3, 5), {"config": raw, "rank": 3, "alpha": 5})
+    embeds = drawn("embeds", (2, 7, raw["hidden_size"]))
+    save("qwen_lora", record_lora(reference(raw).model.language_model, embeds, 3, 5), {"config": raw, "rank": 3, "alpha": 5})
     save("qwen_sizes", record_sizes(), {})
     (RECORDED / "qwen_shapes.json").write_text(json.dumps({"versions": versions, "2b": record_shapes(QWEN_2B)}, separators=(",", ":")) + "\n")
     print({path.name: path.stat().st_size for path in sorted(RECORDED.glob("qwen*"))}, versions)
