@@ -86,9 +86,16 @@ def cached(repo):
 def fetch(repo):
     """Download the safetensors and json files of a hub model into the cache, say how much and where to first; returns the folder."""
     try:
-        files = [f for f in HfApi().model_info(repo, files_metadata=True, timeout=10).siblings if f.rfilename.endswith((".safetensors", ".json"))]
+        files = [
+            f
+            for f in HfApi().model_info(repo, files_metadata=True, timeout=10).siblings
+            if f.rfilename.endswith((".safetensors", ".json"))
+        ]
         size = sum(f.size or 0 for f in files)
-        print(f"fetching {repo}: {len(files)} files, {size / 1e9:.1f} GB, into {constants.HF_HUB_CACHE}", flush=True)
+        print(
+            f"fetching {repo}: {len(files)} files, {size / 1e9:.1f} GB, into {constants.HF_HUB_CACHE}",
+            flush=True,
+        )
         return Path(snapshot_download(repo, allow_patterns=WANTED_FILES))
     except (OSError, HFValidationError, *HfHubHTTPError.__bases__) as error:
         reason = str(error).strip().split("\n")[0][:150]
@@ -107,7 +114,9 @@ def tower_folder(folder):
     if named is None:
         return None
     places = (Path(folder) / Path(named).name, Path(folder).parent / Path(named).name, Path(named))
-    return next((place for place in places if (place / "config.json").is_file()), None) or cached(named)
+    return next((place for place in places if (place / "config.json").is_file()), None) or cached(
+        named
+    )
 
 
 def copy_companions(source, target):
@@ -121,7 +130,12 @@ def copy_companions(source, target):
             shutil.copy(path, target)
     described = Path(target) / "tokenizer_config.json"
     raw = read_json(described) if described.exists() else {}
-    kept = {key: value for key, value in raw.items() if key not in ("added_tokens_decoder", "auto_map", "add_bos_token", "add_eos_token", "legacy")}
+    kept = {
+        key: value
+        for key, value in raw.items()
+        if key
+        not in ("added_tokens_decoder", "auto_map", "add_bos_token", "add_eos_token", "legacy")
+    }
     write_json(described, kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -134,7 +148,9 @@ class Chat:
 
     image: str  # the token that stands for a picture
     eos_id: int  # when config.json says none: the default of transformers' config class
-    bos_id: int | None  # the same, of the token that every text begins with; None: texts begin with none
+    bos_id: (
+        int | None
+    )  # the same, of the token that every text begins with; None: texts begin with none
     spelling: tuple = ()  # (pattern, what it becomes), one after another, in templates only, never in prompts and captions
 
 
@@ -161,27 +177,43 @@ class Tokenizer:
         self.inner, self.chat = tokenizers.Tokenizer.from_file(str(path)), CHATS[config.model_type]
         text, rows = config.raw["text_config"], config.decoder.vocab_size
         self.image_id = config.image_token_id
-        if self.image_id >= rows:  # the original LLaVA, which cuts the text at <image> instead of having a token for it
-            self.inner.add_special_tokens([tokenizers.AddedToken("<image>", special=True, normalized=False)])
+        if (
+            self.image_id >= rows
+        ):  # the original LLaVA, which cuts the text at <image> instead of having a token for it
+            self.inner.add_special_tokens(
+                [tokenizers.AddedToken("<image>", special=True, normalized=False)]
+            )
             self.image_id = self.inner.token_to_id("<image>")
         self.bos_id = self.chat.bos_id and text.get("bos_token_id", self.chat.bos_id)
         self.eos_id = text.get("eos_token_id", self.chat.eos_id)
         self.pad_id = self.eos_id  # never seen by a real token, so any id serves
         self.placeholder_id = self.image_id if self.image_id < rows else self.pad_id
         eos, image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
-        self.special = sorted(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
+        self.special = sorted(
+            token.content
+            for token in self.inner.get_added_tokens_decoder().values()
+            if token.special
+        )
         needed = re.findall(r"<\|\w+\|>", "".join(becomes for _, becomes in self.chat.spelling))
-        if eos is None or image != self.chat.image or any(self.inner.token_to_id(token) is None for token in needed):
+        if (
+            eos is None
+            or image != self.chat.image
+            or any(self.inner.token_to_id(token) is None for token in needed)
+        ):
             raise ValueError(
                 f"{path} has {image!r} at id {self.image_id} and {eos!r} at id {self.eos_id}: config.json says {self.chat.image} and an "
                 f"end-of-sequence token{', the chat template ' * bool(needed)}{' '.join(needed)}, so the two files do not belong together"
             )
         begin = self.inner.encode("a").ids
         if self.bos_id is not None and (begin[0] != self.bos_id or begin.count(self.bos_id) != 1):
-            raise ValueError(f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer")
+            raise ValueError(
+                f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer"
+            )
         highest = max(token for token in self.inner.get_vocab().values() if token != self.image_id)
         if highest >= rows:
-            raise ValueError(f"{path} has {self.inner.id_to_token(highest)!r} at id {highest}, but the model embeds {rows} tokens")
+            raise ValueError(
+                f"{path} has {self.inner.id_to_token(highest)!r} at id {highest}, but the model embeds {rows} tokens"
+            )
 
     def spelled(self, template):
         """A template in the paper's words as this architecture spells it; LLaVA-1.5 takes it as it is."""
@@ -204,7 +236,9 @@ class Tokenizer:
     def with_tokens(self, names):
         """A copy of the tokenizers.Tokenizer with special tokens added at its end."""
         copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
-        copy.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+        copy.add_special_tokens(
+            [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+        )
         return copy
 
     def checked(self, text):
@@ -213,14 +247,24 @@ class Tokenizer:
             raise ValueError(f"empty text {text!r}: a caption or prompt needs words")
         found = [token for token in self.special if token in text]
         if found:
-            raise ValueError(f"text holds {found[0]!r}, which this model reads as a special token: remove it from {text[:60]!r}")
+            raise ValueError(
+                f"text holds {found[0]!r}, which this model reads as a special token: remove it from {text[:60]!r}"
+            )
         return text.strip()
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
 
 PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # names that end so
-BROKEN_IMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises
+BROKEN_IMAGE = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)  # what Pillow raises
 
 
 def open_image(source):
@@ -233,7 +277,9 @@ def open_image(source):
                 opened.load()
                 source = opened
         except BROKEN_IMAGE as error:
-            raise ValueError(f"{source}: cannot be decoded as a picture ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{source}: cannot be decoded as a picture ({type(error).__name__}: {error})"
+            ) from None
     return to_rgb(ImageOps.exif_transpose(source))
 
 
@@ -241,7 +287,9 @@ def to_rgb(image):
     """Any PIL mode -> RGB; 16-bit greys keep their upper 8 bits, which Pillow's own conversion would clip to white."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / (256 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (values / (256 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
+        )
     return image.convert("RGB")
 
 
@@ -269,21 +317,33 @@ class ImageProcessor:
         if mode not in ("crop", "pad"):
             raise ValueError(f"image mode is {mode!r}: 'crop' or 'pad'")
         if budget != (None, None):
-            raise ValueError(f"--min-pixels and --max-pixels are {budget}, but LLaVA-1.5 takes every picture at {side} x {side}: leave them out")
+            raise ValueError(
+                f"--min-pixels and --max-pixels are {budget}, but LLaVA-1.5 takes every picture at {side} x {side}: leave them out"
+            )
         self.mode, self.side, self.largest = mode, side, config.grid()
         size, crop = self.raw.get("size", side), self.raw.get("crop_size", side)
-        self.resize = size.get("shortest_edge", size) if isinstance(size, dict) else size  # an int, or {"height", "width"}
+        self.resize = (
+            size.get("shortest_edge", size) if isinstance(size, dict) else size
+        )  # an int, or {"height", "width"}
         self.crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
         if self.steps["center_crop"] and self.crop != (side, side):
-            raise ValueError(f"{path}: crop_size is {self.crop}, but the vision tower takes {side} x {side}")
+            raise ValueError(
+                f"{path}: crop_size is {self.crop}, but the vision tower takes {side} x {side}"
+            )
 
     def read_steps(self, path):
         """What preprocessor_config.json says in any architecture."""
         self.raw = raw = read_json(path)
-        self.steps = {step: raw.get(f"do_{step}", True) for step in ("resize", "center_crop", "rescale", "normalize")}
+        self.steps = {
+            step: raw.get(f"do_{step}", True)
+            for step in ("resize", "center_crop", "rescale", "normalize")
+        }
         self.resample = Image.Resampling(raw.get("resample", 3))
         self.factor = raw.get("rescale_factor", 1 / 255)
-        self.mean, self.std = np.array(raw.get("image_mean", CLIP_MEAN)), np.array(raw.get("image_std", CLIP_STD))
+        self.mean, self.std = (
+            np.array(raw.get("image_mean", CLIP_MEAN)),
+            np.array(raw.get("image_std", CLIP_STD)),
+        )
 
     def target(self, image):
         """(width, height) after the resize step."""
@@ -307,7 +367,9 @@ class ImageProcessor:
             left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         if image.size != (self.side, self.side):
-            raise ValueError(f"preprocessed picture is {image.width} x {image.height}, but the vision tower takes {self.side} x {self.side}")
+            raise ValueError(
+                f"preprocessed picture is {image.width} x {image.height}, but the vision tower takes {self.side} x {self.side}"
+            )
         return image
 
     def normalised(self, image):
@@ -330,33 +392,57 @@ class PatchProcessor(ImageProcessor):
         path, self.vision = Path(folder) / "preprocessor_config.json", config.vision
         self.read_steps(path)
         if mode != "crop":
-            raise ValueError(f"image mode is {mode!r}, but Qwen2-VL takes pictures whole, in their own shape: leave it out")
+            raise ValueError(
+                f"image mode is {mode!r}, but Qwen2-VL takes pictures whole, in their own shape: leave it out"
+            )
         vision, size = config.vision, self.raw.get("size") or {}
-        known = (self.raw.get("min_pixels", size.get("shortest_edge")), self.raw.get("max_pixels", size.get("longest_edge")))
-        self.fewest, self.most = (own if given is None else given for own, given in zip(known, budget))
-        if not (self.fewest and self.most) or not vision.token_side**2 <= self.most >= self.fewest > 0:
+        known = (
+            self.raw.get("min_pixels", size.get("shortest_edge")),
+            self.raw.get("max_pixels", size.get("longest_edge")),
+        )
+        self.fewest, self.most = (
+            own if given is None else given for own, given in zip(known, budget)
+        )
+        if (
+            not (self.fewest and self.most)
+            or not vision.token_side**2 <= self.most >= self.fewest > 0
+        ):
             raise ValueError(
                 f"pictures of {self.fewest} to {self.most} pixels ({path}, --min-pixels, --max-pixels): wanted two rising numbers, the second at "
                 f"least {vision.token_side**2}"
             )
         fixed = {"do_resize": True, "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
                  "merge_size": vision.spatial_merge_size}  # fmt: skip
-        strange = {name: self.raw[name] for name, wanted in fixed.items() if self.raw.get(name, wanted) != wanted}
+        strange = {
+            name: self.raw[name]
+            for name, wanted in fixed.items()
+            if self.raw.get(name, wanted) != wanted
+        }
         if strange:
             raise ValueError(f"{path} says {strange}, but the vision tower needs {fixed}")
         self.raw = self.raw | {"min_pixels": self.fewest, "max_pixels": self.most}
-        self.mode, self.largest = f"{self.fewest} to {self.most} pixels", (math.isqrt(self.most) // vision.token_side,) * 2  # a square's
+        self.mode, self.largest = (
+            f"{self.fewest} to {self.most} pixels",
+            (math.isqrt(self.most) // vision.token_side,) * 2,
+        )  # a square's
 
     def target(self, image):
         """(width, height) nearest to the picture's own, multiples of an image token's side, their product within the budget."""
         side, area = self.vision.token_side, image.width * image.height
         if max(image.size) > 200 * min(image.size):
-            raise ValueError(f"picture of {image.width} x {image.height}: Qwen2-VL takes no side over 200 times the other")
+            raise ValueError(
+                f"picture of {image.width} x {image.height}: Qwen2-VL takes no side over 200 times the other"
+            )
         size = [round(edge / side) * side for edge in image.size]
         if math.prod(size) > self.most:
-            size = [max(1, math.floor(edge / math.sqrt(area / self.most) / side)) * side for edge in image.size]
+            size = [
+                max(1, math.floor(edge / math.sqrt(area / self.most) / side)) * side
+                for edge in image.size
+            ]
         elif math.prod(size) < self.fewest:
-            size = [math.ceil(edge * math.sqrt(self.fewest / area) / side) * side for edge in image.size]
+            size = [
+                math.ceil(edge * math.sqrt(self.fewest / area) / side) * side for edge in image.size
+            ]
         return tuple(size)
 
     def fitted(self, image):
@@ -366,19 +452,32 @@ class PatchProcessor(ImageProcessor):
         """RGB picture -> (rows, columns, 4, numbers of a patch) float32: of every image token its 2 x 2 patches, each in two equal frames."""
         pixels, vision = self.normalised(self.fitted(image)), self.vision
         inside = (vision.spatial_merge_size, vision.patch_size)
-        tokens = pixels.unflatten(2, (-1, *inside)).unflatten(1, (-1, *inside))  # (3, rows, m, side, columns, m, side)
-        patches = tokens.permute(1, 4, 2, 5, 0, 3, 6).flatten(2, 3)  # (rows, columns, 4, 3, side, side)
-        return patches.unsqueeze(4).expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1).flatten(3)
+        tokens = pixels.unflatten(2, (-1, *inside)).unflatten(
+            1, (-1, *inside)
+        )  # (3, rows, m, side, columns, m, side)
+        patches = tokens.permute(1, 4, 2, 5, 0, 3, 6).flatten(
+            2, 3
+        )  # (rows, columns, 4, 3, side, side)
+        return (
+            patches.unsqueeze(4)
+            .expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1)
+            .flatten(3)
+        )
 
 
 def image_processor(folder, config, *how):
     """The image processor that config.json's model_type asks for; its arguments are both classes'."""
-    return {"llava": ImageProcessor, "qwen2_vl": PatchProcessor}[config.model_type](folder, config, *how)
+    return {"llava": ImageProcessor, "qwen2_vl": PatchProcessor}[config.model_type](
+        folder, config, *how
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ training pairs
 
-LIMITS = {"short": range(1, 30), "long": range(30, 501)}  # tokens of a caption, without special ones (paper Sec. 3.2)
+LIMITS = {
+    "short": range(1, 30),
+    "long": range(30, 501),
+}  # tokens of a caption, without special ones (paper Sec. 3.2)
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)""")
 
 
@@ -387,7 +486,10 @@ def cut(text, side, tokenizer):
     limits, (encoding,) = LIMITS[side], tokenizer.plain([text])
     if len(encoding) <= limits[-1]:
         return text
-    least, most = encoding.offsets[limits[0] - 1][1], min(encoding.offsets[limits[-1] - 1][1], encoding.offsets[limits[-1]][0])  # characters
+    least, most = (
+        encoding.offsets[limits[0] - 1][1],
+        min(encoding.offsets[limits[-1] - 1][1], encoding.offsets[limits[-1]][0]),
+    )  # characters
     sentences = [m.end() for m in SENTENCE_END.finditer(text) if least <= m.end() <= most]
     words = [m.start() for m in re.finditer(r"\s+", text[: most + 1]) if m.start() > 0]
     return text[: [most, *words, *sentences][-1]]
@@ -404,10 +506,14 @@ def parse_row(line, where):
     except json.JSONDecodeError as error:
         raise BadRow(f"{where}: not a JSON object ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise BadRow(f'{where}: wanted {{"image": "path", "short": ..., "long": ...}}, got {line.strip()[:80]}')
+        raise BadRow(
+            f'{where}: wanted {{"image": "path", "short": ..., "long": ...}}, got {line.strip()[:80]}'
+        )
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
     if unknown:
-        raise BadRow(f"{where}: unknown key {', '.join(map(repr, unknown))}; known are image, short, long, generated")
+        raise BadRow(
+            f"{where}: unknown key {', '.join(map(repr, unknown))}; known are image, short, long, generated"
+        )
     short, long = row.get("short"), row.get("long")
     short = [] if short is None else [short] if isinstance(short, str) else short
     if not isinstance(short, list):
@@ -417,7 +523,9 @@ def parse_row(line, where):
             raise BadRow(f"{where}: empty caption {caption!r}; leave the key out instead")
     generated = row.get("generated", {})
     if not isinstance(generated, dict) or generated.keys() - LIMITS.keys():
-        raise BadRow(f'{where}: generated is {generated!r}; wanted {{"short" or "long": {{"model": ..., "prompt": ...}}}}')
+        raise BadRow(
+            f'{where}: generated is {generated!r}; wanted {{"short" or "long": {{"model": ..., "prompt": ...}}}}'
+        )
     return {"image": row["image"], "short": short, "long": long, "generated": generated}
 
 
@@ -425,7 +533,9 @@ def parse_pair(line, where, folder):
     """One JSON line -> {"image": path, "short": [captions], "long": caption or None, "where": "file:line"}. BadRow says what is wrong."""
     row = parse_row(line, where)
     if not row["short"] and row["long"] is None:
-        raise BadRow(f"{where}: neither a short nor a long caption (python data.py fill has a model write them)")
+        raise BadRow(
+            f"{where}: neither a short nor a long caption (python data.py fill has a model write them)"
+        )
     path = folder / row["image"]
     if not path.is_file():
         raise BadRow(f"{where}: picture {path} not found")
@@ -455,7 +565,10 @@ def line_starts(path, chunk=1 << 22):
     parts, size = [np.zeros(1, dtype=np.int64)], Path(path).stat().st_size
     with open(path, "rb") as file:
         for start in range(0, size, chunk):
-            parts.append(np.flatnonzero(np.frombuffer(file.read(chunk), dtype=np.uint8) == ord("\n")) + (start + 1))
+            parts.append(
+                np.flatnonzero(np.frombuffer(file.read(chunk), dtype=np.uint8) == ord("\n"))
+                + (start + 1)
+            )
     starts = np.concatenate(parts)
     return starts if starts[-1] == size else np.append(starts, size)
 
@@ -468,9 +581,14 @@ def line_index(path):
     about, stored = path.stat(), Path(f"{path}.index.npy")
     if about.st_size < INDEXED:
         return line_starts(path)
-    if stored.is_file() and (index := np.load(stored, mmap_mode="r"))[[0, -1]].tolist() == [about.st_mtime_ns, about.st_size]:
+    if stored.is_file() and (index := np.load(stored, mmap_mode="r"))[[0, -1]].tolist() == [
+        about.st_mtime_ns,
+        about.st_size,
+    ]:
         return np.asarray(index)[1:]
-    partial = stored.with_name(f"{stored.name}.{os.getpid()}.partial")  # other processes may be about it too
+    partial = stored.with_name(
+        f"{stored.name}.{os.getpid()}.partial"
+    )  # other processes may be about it too
     starts = line_starts(path)
     try:
         with open(partial, "wb") as file:
@@ -501,11 +619,17 @@ class Pairs:
         self.file, self.starts = open(self.path, "rb"), line_index(self.path)
         lines = len(self.starts) - 1
         first = min(lines, self.CHECKED)
-        checked = [number for number in range(first) if self.good(number, lines <= self.CHECKED, on_bad)]
-        self.numbers = np.concatenate([np.array(checked, dtype=np.int64), np.arange(first, lines)])  # (rows,) their lines
+        checked = [
+            number for number in range(first) if self.good(number, lines <= self.CHECKED, on_bad)
+        ]
+        self.numbers = np.concatenate(
+            [np.array(checked, dtype=np.int64), np.arange(first, lines)]
+        )  # (rows,) their lines
         if len(self) < 2:
             why = f"; first: {self.bad[0]}" if self.bad else ""
-            raise ValueError(f"{path}: {len(self)} usable rows ({len(self.bad)} bad); at least 2 are needed{why}")
+            raise ValueError(
+                f"{path}: {len(self)} usable rows ({len(self.bad)} bad); at least 2 are needed{why}"
+            )
 
     def line(self, number):
         """The text of line `number`, counted from 0."""
@@ -548,8 +672,12 @@ class Pairs:
         No more than 20 times as many are looked at: a file may have 8 million rows and no short caption.
         """
         taken = {}
-        for index in np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count].tolist():
-            with contextlib.suppress(BadRow):  # one beyond the checked ones: training will come upon it
+        for index in (
+            np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count].tolist()
+        ):
+            with contextlib.suppress(
+                BadRow
+            ):  # one beyond the checked ones: training will come upon it
                 row = self.parsed(self.numbers[index])
                 if row["short"]:
                     taken[index] = row
@@ -566,7 +694,12 @@ class Pairs:
         row = self.parsed(self.numbers[index])
         told = {"short": rng.choice(row["short"]) if row["short"] else None, "long": row["long"]}
         kept = {side: text and cut(text, side, self.tokenizer) for side, text in told.items()}
-        return {"image": self.picture(row), **kept, "where": row["where"], "cut": sum(kept[side] != told[side] for side in told)}
+        return {
+            "image": self.picture(row),
+            **kept,
+            "where": row["where"],
+            "cut": sum(kept[side] != told[side] for side in told),
+        }
 
 
 class Scenes:
@@ -601,7 +734,10 @@ class SceneTriples:
 
     def row(self, index, rng):
         category = random.Random(f"category {self.seed} {index}").choice(sorted(CATEGORIES))
-        return TEXT_ROW | {"triple": caption_triple(self.seed, index, category)[1], "where": f"triple {index}"}
+        return TEXT_ROW | {
+            "triple": caption_triple(self.seed, index, category)[1],
+            "where": f"triple {index}",
+        }
 
 
 class Triples:
@@ -612,15 +748,24 @@ class Triples:
     def __init__(self, path, tokenizer):
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path} not found: --text-data wants scenes, or a CSV file with the columns {', '.join(TRIPLE_COLUMNS)}")
+            raise ValueError(
+                f"{path} not found: --text-data wants scenes, or a CSV file with the columns {', '.join(TRIPLE_COLUMNS)}"
+            )
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if not set(TRIPLE_COLUMNS) <= set(reader.fieldnames or ()):
-                raise ValueError(f"{path}: the first line is {reader.fieldnames}; wanted the columns {', '.join(TRIPLE_COLUMNS)}")
+                raise ValueError(
+                    f"{path}: the first line is {reader.fieldnames}; wanted the columns {', '.join(TRIPLE_COLUMNS)}"
+                )
             self.rows = []
             for row in reader:
                 try:
-                    self.rows.append((tuple(tokenizer.checked(row[name]) for name in TRIPLE_COLUMNS), f"{path}:{reader.line_num}"))
+                    self.rows.append(
+                        (
+                            tuple(tokenizer.checked(row[name]) for name in TRIPLE_COLUMNS),
+                            f"{path}:{reader.line_num}",
+                        )
+                    )
                 except ValueError as error:
                     raise BadRow(f"{path}:{reader.line_num}: {error}") from None
         if len(self.rows) < 2:
@@ -638,13 +783,20 @@ class Joined:
     """Rows of pairs, each with a triple of texts beside it."""
 
     def __init__(self, pairs, triples):
-        self.pairs, self.triples, self.together, self.bad = pairs, triples, pairs.together, getattr(pairs, "bad", [])
+        self.pairs, self.triples, self.together, self.bad = (
+            pairs,
+            triples,
+            pairs.together,
+            getattr(pairs, "bad", []),
+        )
 
     def __len__(self):
         return len(self.pairs)
 
     def row(self, index, rng):
-        return self.pairs.row(index, rng) | {"triple": self.triples.row(index % len(self.triples), rng)["triple"]}
+        return self.pairs.row(index, rng) | {
+            "triple": self.triples.row(index % len(self.triples), rng)["triple"]
+        }
 
 
 # ------------------------------------------------------------------------------------------------------ public caption files
@@ -653,7 +805,10 @@ class Joined:
 class JsonStream:
     """A JSON file read in pieces: what is held is a window of it, a chunk or one value wide. It does not look whether commas are missing."""
 
-    BETWEEN, LARGEST = re.compile(r"[\s,:]*"), 1 << 26  # what stands between values; characters of one value
+    BETWEEN, LARGEST = (
+        re.compile(r"[\s,:]*"),
+        1 << 26,
+    )  # what stands between values; characters of one value
 
     def __init__(self, file, chunk):
         self.file, self.chunk, self.window, self.at, self.ended = file, chunk, "", 0, False
@@ -665,7 +820,9 @@ class JsonStream:
 
     def peek(self):
         """The character that the next value begins with, "" at the end."""
-        while (at := self.BETWEEN.match(self.window, self.at).end()) == len(self.window) and not self.ended:
+        while (at := self.BETWEEN.match(self.window, self.at).end()) == len(
+            self.window
+        ) and not self.ended:
             self.refill()
         self.at = at
         return self.window[at : at + 1]
@@ -680,7 +837,9 @@ class JsonStream:
                     self.at = end
                     return value
             if self.ended or len(self.window) - self.at > self.LARGEST:
-                raise ValueError(f"{self.file.name} is not JSON: no whole value at {self.window[self.at : self.at + 60]!r}")
+                raise ValueError(
+                    f"{self.file.name} is not JSON: no whole value at {self.window[self.at : self.at + 60]!r}"
+                )
             self.refill()
 
     def members(self, last):
@@ -703,14 +862,19 @@ def json_items(path, chunk=1 << 20):
             for _ in stream.members("]") if stream.peek() == "[" else (None,):
                 yield key, stream.value()
         if stream.peek():
-            raise ValueError(f"{path} is not JSON: it goes on behind its end with {stream.window[stream.at : stream.at + 60]!r}")
+            raise ValueError(
+                f"{path} is not JSON: it goes on behind its end with {stream.window[stream.at : stream.at + 60]!r}"
+            )
 
 
 def conversations(path):
     """LLaVA-Pretrain and ShareGPT4V: the first answer. What is asked holds <image>, before or after the words, and is left out."""
     for _, row in json_items(path):
         if "image" in row:  # LLaVA's later files have rows without a picture
-            yield row["image"], [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"][0]
+            yield (
+                row["image"],
+                [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"][0],
+            )
 
 
 def karpathy_captions(path):
@@ -718,7 +882,10 @@ def karpathy_captions(path):
     for key, row in json_items(path):
         if key == "images":
             for sentence in row["sentences"]:
-                yield "/".join(filter(None, (row.get("filepath"), row["filename"]))), sentence["raw"]
+                yield (
+                    "/".join(filter(None, (row.get("filepath"), row["filename"]))),
+                    sentence["raw"],
+                )
 
 
 def coco_captions(path):
@@ -733,19 +900,33 @@ def table_captions(path):
     """CSV or, when the first line has a tab, TSV (where quotes mean nothing): picture and caption, or columns named as in COLUMNS."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         tabs, _ = "\t" in file.readline(), file.seek(0)
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file)
+        rows = (
+            csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file)
+        )
         first = next(rows, [])
-        named = [next((i for i, name in enumerate(first) if name.strip().lower() in names), None) for names in COLUMNS]
-        (image, caption), width, above = ((0, 1), 2, [first]) if None in named else (named, len(first), [])
+        named = [
+            next((i for i, name in enumerate(first) if name.strip().lower() in names), None)
+            for names in COLUMNS
+        ]
+        (image, caption), width, above = (
+            ((0, 1), 2, [first]) if None in named else (named, len(first), [])
+        )
         for row in filter(None, itertools.chain(above, rows)):
             if len(row) != width:
-                raise ValueError(f"{path}:{rows.line_num}: {len(row)} columns, wanted {width}: picture and caption")
+                raise ValueError(
+                    f"{path}:{rows.line_num}: {len(row)} columns, wanted {width}: picture and caption"
+                )
             if row[caption].startswith(("http://", "https://")):
-                raise ValueError(f"{path}:{rows.line_num}: {row[caption][:60]!r} is an address: wanted pictures on this disk (docs/data.md)")
+                raise ValueError(
+                    f"{path}:{rows.line_num}: {row[caption][:60]!r} is an address: wanted pictures on this disk (docs/data.md)"
+                )
             yield row[image], row[caption]
 
 
-COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name"), ("caption", "title", "text")
+COLUMNS = (
+    ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name"),
+    ("caption", "title", "text"),
+)
 
 
 def folder_captions(folder):
@@ -755,7 +936,10 @@ def folder_captions(folder):
         for name in sorted(files):
             if name.lower().endswith(PICTURES):
                 text = Path(here, name).with_suffix(".txt")
-                yield os.path.relpath(os.path.join(here, name), folder), text.read_text(encoding="utf-8") if text.is_file() else None
+                yield (
+                    os.path.relpath(os.path.join(here, name), folder),
+                    text.read_text(encoding="utf-8") if text.is_file() else None,
+                )
 
 
 SCHEMAS = {  # of JSON files: where the rows stand (None: the file is an array), a key they have, their reader
@@ -763,7 +947,15 @@ SCHEMAS = {  # of JSON files: where the rows stand (None: the file is an array),
     "Karpathy": ("images", "sentences", karpathy_captions),
     "COCO captions": ("annotations", "caption", coco_captions),
 }
-BROKEN_ROW = (KeyError, TypeError, AttributeError, IndexError, csv.Error, UnicodeDecodeError, OSError)  # what a row in no known form raises
+BROKEN_ROW = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    csv.Error,
+    UnicodeDecodeError,
+    OSError,
+)  # what a row in no known form raises
 
 
 def schema_of(path):
@@ -779,7 +971,10 @@ def schema_of(path):
                 return name, reader
         if key is None:
             break
-    known = "; ".join(f"{name} ({field!r} in the rows{f' of {place!r}' if place else ''})" for name, (place, field, _) in SCHEMAS.items())
+    known = "; ".join(
+        f"{name} ({field!r} in the rows{f' of {place!r}' if place else ''})"
+        for name, (place, field, _) in SCHEMAS.items()
+    )
     raise ValueError(f"{path} is none of: {known}")
 
 
@@ -791,12 +986,20 @@ class Source:
 
     def __init__(self, spec):
         side, rest = spec.split(":", 1) if spec.startswith(("short:", "long:")) else (None, spec)
-        readings = [(rest, None)] + [(rest[: m.start()], rest[m.end() :]) for m in re.finditer("@", rest)]  # a file's name may hold one too
-        file, folder = next((reading for reading in readings if os.path.exists(reading[0])), readings[-1])
+        readings = [(rest, None)] + [
+            (rest[: m.start()], rest[m.end() :]) for m in re.finditer("@", rest)
+        ]  # a file's name may hold one too
+        file, folder = next(
+            (reading for reading in readings if os.path.exists(reading[0])), readings[-1]
+        )
         self.path = Path(file)
         if not self.path.exists():
-            raise ValueError(f"{file}: no such file or folder; a SOURCE is [short:|long:]FILE[@FOLDER OF ITS PICTURES]")
-        self.folder = Path(folder) if folder else self.path if self.path.is_dir() else self.path.parent
+            raise ValueError(
+                f"{file}: no such file or folder; a SOURCE is [short:|long:]FILE[@FOLDER OF ITS PICTURES]"
+            )
+        self.folder = (
+            Path(folder) if folder else self.path if self.path.is_dir() else self.path.parent
+        )
         self.schema, self.reader = schema_of(self.path)
         words = [len(text.split()) for _, text in itertools.islice(self, 100) if text] or [0]
         self.side = side or ("short" if statistics.median(words) < LIMITS["short"].stop else "long")
@@ -812,12 +1015,16 @@ class Source:
                 yield image, text
                 number += 1
         except BROKEN_ROW as error:
-            raise ValueError(f"{self.path}: what follows caption {number} is not like the others ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{self.path}: what follows caption {number} is not like the others ({type(error).__name__}: {error})"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------------ convert: one row a picture
 
-COCO_NAME = re.compile(r"(?:^|/)(?:(?:train|val|test|unlabeled)20\d\d/(?:COCO_[a-z]+\d+_)?|COCO_[a-z]+\d+_)(\d{12})\.\w+$")
+COCO_NAME = re.compile(
+    r"(?:^|/)(?:(?:train|val|test|unlabeled)20\d\d/(?:COCO_[a-z]+\d+_)?|COCO_[a-z]+\d+_)(\d{12})\.\w+$"
+)
 
 
 def picture_key(path):
@@ -839,7 +1046,9 @@ def evaluation_names(path):
         if isinstance(row, dict) and row.get("split", "test") in ("val", "test"):
             names.add(bare_name(row.get("filename") or row.get("file_name") or ""))
     if not names - {""}:
-        raise ValueError(f"{path} names no picture to drop: wanted a benchmark's file, whose rows have 'filename' or 'file_name'")
+        raise ValueError(
+            f"{path} names no picture to drop: wanted a benchmark's file, whose rows have 'filename' or 'file_name'"
+        )
     return names - {""}
 
 
@@ -874,13 +1083,26 @@ def convert(args):
     """
     refuse_existing(args.out)
     base, sources = Path(args.out).absolute().parent, [Source(spec) for spec in args.sources]
-    drop = {path: evaluation_names(path) for path in dict.fromkeys([*args.drop, *(str(s.path) for s in sources if s.schema == "Karpathy")])}
+    drop = {
+        path: evaluation_names(path)
+        for path in dict.fromkeys(
+            [*args.drop, *(str(s.path) for s in sources if s.schema == "Karpathy")]
+        )
+    }
     dropped, totals = {path: set() for path in drop}, Counter()
     with new_file(args.out) as file, tempfile.TemporaryFile(dir=base) as waiting:
         for records in by_picture(*gather_captions(sources, drop, dropped, waiting, base), waiting):
             for row in joined(records, base, totals):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    rows = [[str(source.path), source.schema, source.side, *(f"{source.counts[name]:,}" for name in COUNTED)] for source in sources]
+    rows = [
+        [
+            str(source.path),
+            source.schema,
+            source.side,
+            *(f"{source.counts[name]:,}" for name in COUNTED),
+        ]
+        for source in sources
+    ]
     say(format_table(["source", "form", "side", *COUNTED], rows))
     for path, names in dropped.items():
         say(f"dropped: {len(names):,} pictures that {path} evaluates on")
@@ -900,7 +1122,15 @@ def gather_captions(sources, drop, dropped, waiting, base):
     hashes, starts = array.array("Q"), array.array("q", [0])
     for source in sources:
         root, counts = os.path.relpath(source.folder, base), source.counts
-        for n, (image, text) in enumerate(tqdm(source, desc=f"reading {source.path.name}", unit=" captions", leave=False, disable=None)):
+        for n, (image, text) in enumerate(
+            tqdm(
+                source,
+                desc=f"reading {source.path.name}",
+                unit=" captions",
+                leave=False,
+                disable=None,
+            )
+        ):
             text = text and (" ".join(text.split()) if source.side == "short" else text.strip())
             counts["captions" if text else "empty"] += 1
             place = os.path.normpath(os.path.join(root, image))
@@ -911,8 +1141,15 @@ def gather_captions(sources, drop, dropped, waiting, base):
             if testing:
                 counts["dropped"] += 1
                 continue
-            hashes.append(int.from_bytes(hashlib.blake2b(picture_key(place).encode(), digest_size=8).digest(), "big"))
-            starts.append(starts[-1] + waiting.write(json.dumps([place, source.side, text or None]).encode() + b"\n"))
+            hashes.append(
+                int.from_bytes(
+                    hashlib.blake2b(picture_key(place).encode(), digest_size=8).digest(), "big"
+                )
+            )
+            starts.append(
+                starts[-1]
+                + waiting.write(json.dumps([place, source.side, text or None]).encode() + b"\n")
+            )
     waiting.flush()
     return np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(starts, dtype=np.int64)
 
@@ -922,22 +1159,37 @@ def by_picture(hashes, starts, waiting):
     order = np.argsort(hashes, kind="stable")
     begins = np.flatnonzero(np.append(True, np.diff(hashes[order]) != 0)[: len(order)])
     ends = np.append(begins[1:], len(order))
-    for group in tqdm(np.argsort(order[begins]), desc="joining", unit=" pictures", leave=False, disable=None):
-        yield [json.loads(line_at(waiting, starts, i)) for i in order[begins[group] : ends[group]].tolist()]
+    for group in tqdm(
+        np.argsort(order[begins]), desc="joining", unit=" pictures", leave=False, disable=None
+    ):
+        yield [
+            json.loads(line_at(waiting, starts, i))
+            for i in order[begins[group] : ends[group]].tolist()
+        ]
 
 
 def joined(records, base, totals):
     """The row of each picture in some records: of one, unless two pictures have the same hash."""
     pictures = {}
     for place, side, text in records:
-        told = pictures.setdefault(picture_key(place), {"places": {}, "short": {}, "long": {}})  # dictionaries: each once, in order
+        told = pictures.setdefault(
+            picture_key(place), {"places": {}, "short": {}, "long": {}}
+        )  # dictionaries: each once, in order
         told["places"][place] = None
         told[side] |= {text: None} if text else {}
     for places, short, long in (map(list, told.values()) for told in pictures.values()):
-        image = places[0] if len(places) == 1 else next((place for place in places if (base / place).is_file()), places[0])
+        image = (
+            places[0]
+            if len(places) == 1
+            else next((place for place in places if (base / place).is_file()), places[0])
+        )
         totals[KINDS[2 * (not short) + (not long)]] += 1
         totals["left out"] += max(0, len(long) - 1)
-        yield {"image": image, "short": short[0] if len(short) == 1 else short or None, "long": long[0] if long else None}
+        yield {
+            "image": image,
+            "short": short[0] if len(short) == 1 else short or None,
+            "long": long[0] if long else None,
+        }
 
 
 # ------------------------------------------------------------------------------------------------------ check: what a pairs file holds
@@ -955,18 +1207,35 @@ class Census:
     """What `check` counts. Held: 8 bytes a row and 8 a short caption (hashes, for what comes twice), and the first faults in words."""
 
     def __init__(self):
-        self.lengths = {side: np.zeros(BINS[-1] + 1, dtype=np.int64) for side in LIMITS}  # captions by tokens, the last: and over
-        self.counts, self.pictures, self.captions, self.faults = Counter(), array.array("q"), array.array("q"), []
+        self.lengths = {
+            side: np.zeros(BINS[-1] + 1, dtype=np.int64) for side in LIMITS
+        }  # captions by tokens, the last: and over
+        self.counts, self.pictures, self.captions, self.faults = (
+            Counter(),
+            array.array("q"),
+            array.array("q"),
+            [],
+        )
 
     def add(self, rows, tokenizer):
         """Count the captions of some rows."""
         for side in LIMITS:
-            told = [([row["long"]] if row["long"] else []) if side == "long" else row["short"] for row in rows]
+            told = [
+                ([row["long"]] if row["long"] else []) if side == "long" else row["short"]
+                for row in rows
+            ]
             for encoding in tokenizer.plain([text for texts in told for text in texts]):
                 self.lengths[side][min(len(encoding), BINS[-1])] += 1
-            self.counts.update({(side, "missing"): told.count([]), (side, "written by a model"): sum(side in row["generated"] for row in rows)})
+            self.counts.update(
+                {
+                    (side, "missing"): told.count([]),
+                    (side, "written by a model"): sum(side in row["generated"] for row in rows),
+                }
+            )
         for row in rows:
-            self.counts["shortcuts"] += any(begins_with(row["long"], text) for text in row["short"] if row["long"])
+            self.counts["shortcuts"] += any(
+                begins_with(row["long"], text) for text in row["short"] if row["long"]
+            )
             self.pictures.append(hash(picture_key(os.path.normpath(row["image"]))))
             self.captions.extend(map(hash, row["short"]))
 
@@ -978,7 +1247,16 @@ class Census:
     def results(self):
         """{what: how many}, as it is printed."""
         again = lambda hashes: len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.int64)))
-        found = {name: self.counts[name] for name in ("rows", "malformed rows", "pictures found", "pictures missing", "pictures broken")}
+        found = {
+            name: self.counts[name]
+            for name in (
+                "rows",
+                "malformed rows",
+                "pictures found",
+                "pictures missing",
+                "pictures broken",
+            )
+        }
         found |= {"pictures that come again": again(self.pictures), "short captions that come again": again(self.captions),
                   "rows whose long caption starts with a short one": self.counts["shortcuts"]}  # fmt: skip
         short, long = LIMITS.values()
@@ -986,18 +1264,26 @@ class Census:
             parts = {f"under {short.stop} tokens": lengths[: short.stop], f"{long[0]} to {long[-1]}": lengths[long[0] : long.stop],
                      f"over {long[-1]}": lengths[long.stop :]}  # fmt: skip
             found |= {f"{side} captions {name}": int(part.sum()) for name, part in parts.items()}
-            found |= {f"{side} captions {name}": self.counts[side, name] for name in ("missing", "written by a model")}
+            found |= {
+                f"{side} captions {name}": self.counts[side, name]
+                for name in ("missing", "written by a model")
+            }
         return found
 
     def histogram(self):
         """{side: how many captions in each of BINS}."""
-        return {side: np.add.reduceat(lengths, BINS).tolist() for side, lengths in self.lengths.items()}
+        return {
+            side: np.add.reduceat(lengths, BINS).tolist() for side, lengths in self.lengths.items()
+        }
 
 
 def begins_with(long, short):
     """Does a short caption merely repeat the start of the long one, letter case and marks aside? A shortcut in training (paper Sec. 3.2.3)."""
     words = re.findall(r"\w+", short.lower())
-    return bool(words) and re.findall(r"\w+", long[: 2 * len(short) + 20].lower())[: len(words)] == words
+    return (
+        bool(words)
+        and re.findall(r"\w+", long[: 2 * len(short) + 20].lower())[: len(words)] == words
+    )
 
 
 def picture_fault(path, decode):
@@ -1020,18 +1306,27 @@ def check(args):
         refuse_existing(args.picture)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least 1 is needed")
-    lines = enumerate(tqdm(lines_of(path), desc="checking", unit=" rows", leave=False, disable=None), start=1)
+    lines = enumerate(
+        tqdm(lines_of(path), desc="checking", unit=" rows", leave=False, disable=None), start=1
+    )
     with ThreadPoolExecutor(args.workers) as pool:
         while part := list(itertools.islice(lines, 1000)):
             rows = []
             for number, line in part:
                 try:
-                    rows += [parse_row(line, f"{path}:{number}") | {"where": f"{path}:{number}"}] if line.strip() else []
+                    rows += (
+                        [parse_row(line, f"{path}:{number}") | {"where": f"{path}:{number}"}]
+                        if line.strip()
+                        else []
+                    )
                 except BadRow as error:
                     census.fault("malformed rows", str(error))
             census.counts["rows"] += len(rows)
             census.add(rows, tokenizer)
-            for row, fault in zip(rows, pool.map(lambda row: picture_fault(path.parent / row["image"], args.decode), rows)):
+            for row, fault in zip(
+                rows,
+                pool.map(lambda row: picture_fault(path.parent / row["image"], args.decode), rows),
+            ):
                 census.counts["pictures found"] += fault is None
                 if fault:
                     census.fault(fault[0], f"{row['where']}: {fault[1]}")
@@ -1042,28 +1337,45 @@ def check(args):
 def existing_file(path):
     """The path of a pairs file; ValueError when there is none."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} not found: a pairs file is wanted, as python data.py convert writes it")
+        raise ValueError(
+            f"{path} not found: a pairs file is wanted, as python data.py convert writes it"
+        )
     return Path(path)
 
 
 def report_census(census, args):
     """Print the counts and the histogram, and draw it."""
-    say(format_table([args.pairs, ""], [[name, f"{count:,}"] for name, count in census.results().items()]))
-    shown, labels = census.histogram(), [f"{a} to {b - 1}" for a, b in zip(BINS, BINS[1:])] + [f"over {BINS[-1] - 1}"]
+    say(
+        format_table(
+            [args.pairs, ""], [[name, f"{count:,}"] for name, count in census.results().items()]
+        )
+    )
+    shown, labels = (
+        census.histogram(),
+        [f"{a} to {b - 1}" for a, b in zip(BINS, BINS[1:])] + [f"over {BINS[-1] - 1}"],
+    )
     highest = max(1, *shown["short"], *shown["long"])
     cells = lambda count: (f"{count:,}", ("#" * -(-30 * count // highest)).ljust(30))
-    body = [[label, *cells(short), *cells(long)] for label, short, long in zip(labels, *shown.values())]
+    body = [
+        [label, *cells(short), *cells(long)] for label, short, long in zip(labels, *shown.values())
+    ]
     say("\n" + format_table([f"tokens of {args.model}", "short", "", "long", ""], body))
     for message in census.faults:
         say(message)
     if args.picture:
-        draw_histogram(shown, labels, highest, f"captions by length, in tokens of {Path(args.model).name}").save(args.picture)
+        draw_histogram(
+            shown, labels, highest, f"captions by length, in tokens of {Path(args.model).name}"
+        ).save(args.picture)
         say(f"written: {args.picture}")
 
 
 def draw_histogram(shown, labels, highest, title):
     """The lengths of short and long captions as a picture, a bar a side and bin."""
-    page, font, ink = Image.new("RGB", (900, 320), "white"), ImageFont.load_default(12), (40, 40, 40)
+    page, font, ink = (
+        Image.new("RGB", (900, 320), "white"),
+        ImageFont.load_default(12),
+        (40, 40, 40),
+    )
     pen = ImageDraw.Draw(page)
     pen.text((30, 10), title, ink, font)
     for n, (side, colour) in enumerate((("short", COLOURS["blue"]), ("long", COLOURS["orange"]))):
@@ -1086,12 +1398,19 @@ def fill(args):
 
     OUT.progress holds a file a process, a line a finished batch; a line that was cut off does not count.
     """
-    path, prompts = existing_file(args.pairs), {"short": args.short_prompt, "long": args.long_prompt}
+    path, prompts = (
+        existing_file(args.pairs),
+        {"short": args.short_prompt, "long": args.long_prompt},
+    )
     refuse_existing(args.out)
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: at least 1 is needed")
     missing, bad = missing_captions(path, args.on_bad_data)
-    batches = [(side, missing[side][start : start + args.batch]) for side in LIMITS for start in range(0, len(missing[side]), args.batch)]
+    batches = [
+        (side, missing[side][start : start + args.batch])
+        for side in LIMITS
+        for start in range(0, len(missing[side]), args.batch)
+    ]
     from vladva import load_model  # here alone is the method needed, and it imports this module
 
     model = load_model(args)
@@ -1104,13 +1423,19 @@ def fill(args):
     say(f"{args.pairs}: {', '.join(f'{len(lines):,} {side}' for side, lines in missing.items())} captions are missing; "
         f"{len(done):,} of {len(batches):,} batches of {args.batch} are done")  # fmt: skip
     wait_for_ranks()  # all have seen the same progress before the first one adds to it
-    mine = [number for number in range(len(batches)) if number not in done][ranks()[0] :: ranks()[1]]
+    mine = [number for number in range(len(batches)) if number not in done][
+        ranks()[0] :: ranks()[1]
+    ]
     starts = line_index(path)
     with open_progress(folder) as file, open(path, "rb") as pairs:
-        for number in tqdm(mine, desc="captioning", unit=" batches", disable=True if ranks()[0] else None):
+        for number in tqdm(
+            mine, desc="captioning", unit=" batches", disable=True if ranks()[0] else None
+        ):
             side, lines = batches[number]
             rows = [(line_at(pairs, starts, n), f"{path}:{n + 1}") for n in lines]
-            captions = write_captions(model, rows, path.parent, side, prompts[side], args.on_bad_data)
+            captions = write_captions(
+                model, rows, path.parent, side, prompts[side], args.on_bad_data
+            )
             append_line(file, {"batch": number, "captions": captions})
     wait_for_ranks()
     return merge(args, path, folder, batches, bad, prompts) if ranks()[0] == 0 else None
@@ -1121,7 +1446,11 @@ def missing_captions(path, on_bad):
     missing, bad = {side: array.array("q") for side in LIMITS}, {}
     for number, line in enumerate(lines_of(path)):
         try:
-            row = parse_row(line, f"{path}:{number + 1}") if line.strip() else dict.fromkeys(LIMITS, "a blank line")
+            row = (
+                parse_row(line, f"{path}:{number + 1}")
+                if line.strip()
+                else dict.fromkeys(LIMITS, "a blank line")
+            )
         except BadRow as error:
             if on_bad == "error":
                 raise
@@ -1135,8 +1464,14 @@ def progress_folder(args, about):
     """OUT.progress, made for the run that `about` describes; ValueError when it holds the captions of another one."""
     folder = Path(f"{args.out}.progress")
     if (folder / "about.json").is_file() and (was := read_json(folder / "about.json")) != about:
-        other = [f"{name} was {was[name]!r}, not {about[name]!r}" for name in about if was[name] != about[name]]
-        raise ValueError(f"{folder} holds what another run has done ({'; '.join(other)}): go on with its flags, or delete it")
+        other = [
+            f"{name} was {was[name]!r}, not {about[name]!r}"
+            for name in about
+            if was[name] != about[name]
+        ]
+        raise ValueError(
+            f"{folder} holds what another run has done ({'; '.join(other)}): go on with its flags, or delete it"
+        )
     wait_for_ranks()  # all have looked before the first one writes
     with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
@@ -1175,7 +1510,9 @@ def append_line(file, value):
     except OSError as error:
         raise ValueError(f"{file.name}: {error}; the same command goes on from here") from None
     if written < len(line):
-        raise ValueError(f"{file.name}: only {written} of {len(line)} bytes were written; the same command goes on from here")
+        raise ValueError(
+            f"{file.name}: only {written} of {len(line)} bytes were written; the same command goes on from here"
+        )
 
 
 def write_captions(model, rows, folder, side, prompt, on_bad):
@@ -1188,7 +1525,11 @@ def write_captions(model, rows, folder, side, prompt, on_bad):
             if on_bad == "error":
                 raise BadRow(f"{where}: {error}") from None
             faults[i] = {"bad": f"{where}: {error}"}
-    told = model.generate_batch(pictures, [prompt] * len(pictures), LIMITS[side].stop) if pictures else []  # a token too many: it went on
+    told = (
+        model.generate_batch(pictures, [prompt] * len(pictures), LIMITS[side].stop)
+        if pictures
+        else []
+    )  # a token too many: it went on
     kept = [cut(text, side, model.tokenizer) for text in told]
     answers = iter([{"text": text, "cut": text != whole} for text, whole in zip(kept, told)])
     return [faults.get(i) or next(answers) for i in range(len(rows))]
@@ -1196,7 +1537,11 @@ def write_captions(model, rows, folder, side, prompt, on_bad):
 
 def merge(args, path, folder, batches, bad, prompts):
     """Write OUT, the rows in their order with what was written for them, and list those left out; then the progress folder goes."""
-    done, totals, model = finished_batches(folder), Counter(), f"{args.model} + {args.adapter}" if args.adapter else args.model
+    done, totals, model = (
+        finished_batches(folder),
+        Counter(),
+        f"{args.model} + {args.adapter}" if args.adapter else args.model,
+    )
     below = os.path.relpath(path.parent, Path(args.out).parent)
 
     def written(its):
@@ -1204,9 +1549,16 @@ def merge(args, path, folder, batches, bad, prompts):
             if side == its:
                 with open(done[number][0], "rb") as file:
                     file.seek(done[number][1])
-                    yield from ((line, side, told) for line, told in zip(lines.tolist(), json.loads(file.readline())["captions"]))
+                    yield from (
+                        (line, side, told)
+                        for line, told in zip(
+                            lines.tolist(), json.loads(file.readline())["captions"]
+                        )
+                    )
 
-    by_line = itertools.groupby(heapq.merge(*map(written, LIMITS), key=lambda item: item[0]), key=lambda item: item[0])
+    by_line = itertools.groupby(
+        heapq.merge(*map(written, LIMITS), key=lambda item: item[0]), key=lambda item: item[0]
+    )
     following, group = next(by_line, (None, ()))
     with new_file(args.out) as out:
         for number, line in enumerate(lines_of(path)):
@@ -1217,11 +1569,27 @@ def merge(args, path, folder, batches, bad, prompts):
                 following, group = next(by_line, (None, ()))
             if number in bad or not line.strip():
                 continue
-            row, said = json.loads(line), {side: told["text"] for side, told in new.items() if told["text"]}
-            who = row.pop("generated", {}) | {side: {"model": model, "prompt": prompts[side]} for side in said}
-            row |= {"image": os.path.normpath(os.path.join(below, row["image"])), **said, **({"generated": who} if who else {})}
+            row, said = (
+                json.loads(line),
+                {side: told["text"] for side, told in new.items() if told["text"]},
+            )
+            who = row.pop("generated", {}) | {
+                side: {"model": model, "prompt": prompts[side]} for side in said
+            }
+            row |= {
+                "image": os.path.normpath(os.path.join(below, row["image"])),
+                **said,
+                **({"generated": who} if who else {}),
+            }
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            totals.update({"rows": 1, "cut": sum(told["cut"] for told in new.values()), "empty": len(new) - len(said)} | dict.fromkeys(said, 1))
+            totals.update(
+                {
+                    "rows": 1,
+                    "cut": sum(told["cut"] for told in new.values()),
+                    "empty": len(new) - len(said),
+                }
+                | dict.fromkeys(said, 1)
+            )
         if bad:
             write_lines(f"{args.out}.bad_rows.txt", [bad[n] for n in sorted(bad)])
     shutil.rmtree(folder)
@@ -1238,10 +1606,28 @@ COLOURS = {"red": (214, 39, 40), "green": (34, 150, 62), "blue": (38, 86, 222), 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.50, "large": 0.84}  # width of the object as a share of its cell
 TEXTURES = ("plain", "striped", "dotted")
-ATTRIBUTES = {"size": SIZES, "texture": TEXTURES}  # what a caption may say of an object beside colour, shape and place
-BACKGROUNDS = {"white": (244, 244, 240), "gray": (134, 138, 142), "tan": (205, 178, 138), "brown": (104, 70, 44)}
+ATTRIBUTES = {
+    "size": SIZES,
+    "texture": TEXTURES,
+}  # what a caption may say of an object beside colour, shape and place
+BACKGROUNDS = {
+    "white": (244, 244, 240),
+    "gray": (134, 138, 142),
+    "tan": (205, 178, 138),
+    "brown": (104, 70, 44),
+}
 GRID = 3  # cells a side; one object a cell at most
-POSITIONS = ("top-left", "top-center", "top-right", "middle-left", "center", "middle-right", "bottom-left", "bottom-center", "bottom-right")
+POSITIONS = (
+    "top-left",
+    "top-center",
+    "top-right",
+    "middle-left",
+    "center",
+    "middle-right",
+    "bottom-left",
+    "bottom-center",
+    "bottom-right",
+)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -1262,7 +1648,10 @@ class Thing:
 
     def phrase(self, attributes=()):
         """Noun phrase with an article: "a small striped red circle" for attributes ("size", "texture")."""
-        words = [getattr(self, name) for name in ATTRIBUTES if name in attributes] + [self.colour, self.shape]
+        words = [getattr(self, name) for name in ATTRIBUTES if name in attributes] + [
+            self.colour,
+            self.shape,
+        ]
         return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
@@ -1277,10 +1666,19 @@ class Scene:
 def make_scene(seed, index, counts=(2, 3, 4)):
     """The scene that (seed, index) decides."""
     rng = random.Random(f"scene {seed} {index}")
-    kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice(counts))
+    kinds = rng.sample(
+        [(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice(counts)
+    )
     cells = rng.sample(range(GRID * GRID), len(kinds))
     things = tuple(
-        Thing(colour, shape, rng.choice(list(SIZES)), rng.choice(TEXTURES), cell, (rng.uniform(-0.07, 0.07), rng.uniform(-0.07, 0.07)))
+        Thing(
+            colour,
+            shape,
+            rng.choice(list(SIZES)),
+            rng.choice(TEXTURES),
+            cell,
+            (rng.uniform(-0.07, 0.07), rng.uniform(-0.07, 0.07)),
+        )
         for (colour, shape), cell in zip(kinds, cells)
     )
     return Scene(things, rng.choice(list(BACKGROUNDS)))
@@ -1289,7 +1687,12 @@ def make_scene(seed, index, counts=(2, 3, 4)):
 def relations(a, b):
     """The relation words that are true of "a ... b"."""
     (row_a, col_a), (row_b, col_b) = divmod(a.cell, GRID), divmod(b.cell, GRID)
-    checks = {"left of": col_a < col_b, "right of": col_a > col_b, "above": row_a < row_b, "below": row_a > row_b}
+    checks = {
+        "left of": col_a < col_b,
+        "right of": col_a > col_b,
+        "above": row_a < row_b,
+        "below": row_a > row_b,
+    }
     return [word for word, true in checks.items() if true]
 
 
@@ -1304,11 +1707,26 @@ def shape_outline(shape, centre, width):
         t = r / 3
         return [
             (x + dx, y + dy)
-            for dx, dy in ((-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t))
+            for dx, dy in (
+                (-t, -r),
+                (t, -r),
+                (t, -t),
+                (r, -t),
+                (r, t),
+                (t, t),
+                (t, r),
+                (-t, r),
+                (-t, t),
+                (-r, t),
+                (-r, -t),
+                (-t, -t),
+            )
         ]
     assert shape == "star", shape
     spokes = [(r * (1.08 if k % 2 == 0 else 0.44), math.pi * (k / 5 - 0.5)) for k in range(10)]
-    return [(x + length * math.cos(angle), y + length * math.sin(angle)) for length, angle in spokes]
+    return [
+        (x + length * math.cos(angle), y + length * math.sin(angle)) for length, angle in spokes
+    ]
 
 
 def draw_thing(canvas, thing, cell_px):
@@ -1322,7 +1740,10 @@ def draw_thing(canvas, thing, cell_px):
     if thing.shape in ("circle", "ring"):
         pen.ellipse((near, near, far, far), fill=255)
         if thing.shape == "ring":
-            pen.ellipse((middle - width / 4, middle - width / 4, middle + width / 4, middle + width / 4), fill=0)
+            pen.ellipse(
+                (middle - width / 4, middle - width / 4, middle + width / 4, middle + width / 4),
+                fill=0,
+            )
     else:
         pen.polygon(shape_outline(thing.shape, (middle, middle), width), fill=255)
     colour = COLOURS[thing.colour]
@@ -1335,14 +1756,18 @@ def draw_thing(canvas, thing, cell_px):
     elif thing.texture == "dotted":
         for i, u in enumerate(marks):
             for v in marks[i % 2 :: 2]:
-                pen.ellipse((u - step * 0.42, v - step * 0.42, u + step * 0.42, v + step * 0.42), fill=dark)
+                pen.ellipse(
+                    (u - step * 0.42, v - step * 0.42, u + step * 0.42, v + step * 0.42), fill=dark
+                )
     canvas.paste(paint, (left, top), mask)
 
 
 def render(scene, size=96):
     """The scene as an RGB picture of size x size pixels."""
     oversampling = 2
-    canvas = Image.new("RGB", (size * oversampling, size * oversampling), BACKGROUNDS[scene.background])
+    canvas = Image.new(
+        "RGB", (size * oversampling, size * oversampling), BACKGROUNDS[scene.background]
+    )
     for thing in scene.things:
         draw_thing(canvas, thing, size * oversampling / GRID)
     return canvas.resize((size, size), Image.Resampling.BOX)
@@ -1363,10 +1788,17 @@ class Caption:
     background: str | None
 
     def __str__(self):
-        parts = [thing.phrase(shown) + (f" {POSITIONS[thing.cell]}" if self.positions else "") for thing, shown in self.mentions]
+        parts = [
+            thing.phrase(shown) + (f" {POSITIONS[thing.cell]}" if self.positions else "")
+            for thing, shown in self.mentions
+        ]
         if self.relation:
             parts[:2] = [f"{parts[0]} {self.relation} {parts[1]}"]
-        return self.opening + join_words(parts) + (f" on a {self.background} background" if self.background else "")
+        return (
+            self.opening
+            + join_words(parts)
+            + (f" on a {self.background} background" if self.background else "")
+        )
 
 
 def join_words(parts):
@@ -1381,9 +1813,13 @@ def is_true(caption, scene):
         return False
     for thing, shown in caption.mentions:
         real = present[thing.kind]
-        if any(getattr(thing, name) != getattr(real, name) for name in shown) or (caption.positions and thing.cell != real.cell):
+        if any(getattr(thing, name) != getattr(real, name) for name in shown) or (
+            caption.positions and thing.cell != real.cell
+        ):
             return False
-    if caption.relation and caption.relation not in relations(*(present[thing.kind] for thing, _ in caption.mentions[:2])):
+    if caption.relation and caption.relation not in relations(
+        *(present[thing.kind] for thing, _ in caption.mentions[:2])
+    ):
         return False
     return caption.background in (None, scene.background)
 
@@ -1395,7 +1831,10 @@ def short_caption(scene, rng, style=None, mentions=None, attributes=ATTRIBUTES):
     """A true caption of 2 or 3 objects: style "relation", "position" or "list", drawn when None; attributes and background at times."""
     style = style or rng.choice(("relation", "relation", "position", "position", "list"))
     count = mentions or rng.randint(2, min(3, len(scene.things)))
-    told = [(thing, tuple(name for name in attributes if rng.random() < 0.3)) for thing in rng.sample(scene.things, count)]
+    told = [
+        (thing, tuple(name for name in attributes if rng.random() < 0.3))
+        for thing in rng.sample(scene.things, count)
+    ]
     return Caption(
         opening=rng.choice(OPENINGS),
         mentions=tuple(told),
@@ -1417,20 +1856,43 @@ SENTENCES = (  # of a long caption, with {thing} and {place}; one is drawn a cap
 
 def long_caption(scene, rng, attributes=ATTRIBUTES, related=True):
     """A true caption with every object, attribute and position, the background, and one or more relations if `related`; wording varies."""
-    things = sorted(scene.things, key=lambda thing: thing.cell) if rng.random() < 0.5 else rng.sample(scene.things, len(scene.things))
+    things = (
+        sorted(scene.things, key=lambda thing: thing.cell)
+        if rng.random() < 0.5
+        else rng.sample(scene.things, len(scene.things))
+    )
     sentence, count = rng.choice(SENTENCES), NUMBERS[len(things)]
-    ground = rng.choice((f"the image shows {count} on a {scene.background} background.", f"there are {count}. the background is {scene.background}."))
-    body = [sentence.format(thing=thing.phrase(attributes), place=POSITIONS[thing.cell]) for thing in things]
+    ground = rng.choice(
+        (
+            f"the image shows {count} on a {scene.background} background.",
+            f"there are {count}. the background is {scene.background}.",
+        )
+    )
+    body = [
+        sentence.format(thing=thing.phrase(attributes), place=POSITIONS[thing.cell])
+        for thing in things
+    ]
     for _ in range(rng.randint(1, len(things) - 1) if related else 0):
         a, b = rng.sample(things, 2)
-        body.append(f"the {' '.join(a.kind)} is {rng.choice(relations(a, b))} the {' '.join(b.kind)}.")
+        body.append(
+            f"the {' '.join(a.kind)} is {rng.choice(relations(a, b))} the {' '.join(b.kind)}."
+        )
     return " ".join([ground, *body] if rng.random() < 0.5 else [*body, ground])
 
 
 def one_word(scene, rng):
     """One content word that is true of the scene, at random: what "in one word" is answered with in the generative stage."""
     thing = rng.choice(scene.things)
-    return rng.choice((thing.colour, thing.colour, thing.shape, thing.shape, POSITIONS[thing.cell], scene.background))
+    return rng.choice(
+        (
+            thing.colour,
+            thing.colour,
+            thing.shape,
+            thing.shape,
+            POSITIONS[thing.cell],
+            scene.background,
+        )
+    )
 
 
 def few_words(scene, rng):
@@ -1442,7 +1904,9 @@ def question(scene, rng, attributes=ATTRIBUTES):
     """A (question, answer) about the scene: where an object is, or what is at a place."""
     thing = rng.choice(scene.things)
     name, place = " ".join(thing.kind), POSITIONS[thing.cell]
-    return rng.choice(((f"where is the {name}?", place), (f"what is at the {place}?", thing.phrase(attributes))))
+    return rng.choice(
+        ((f"where is the {name}?", place), (f"what is at the {place}?", thing.phrase(attributes)))
+    )
 
 
 # Hard negatives after SugarCrepe: one edit makes the caption false of the scene and leaves its wording alone. "_pos" are this project's
@@ -1451,7 +1915,12 @@ CATEGORIES = {
     "replace_obj": "Replace", "replace_att": "Replace", "replace_rel": "Replace", "replace_pos": "Replace",
     "swap_obj": "Swap", "swap_att": "Swap", "swap_pos": "Swap", "add_obj": "Add", "add_att": "Add",
 }  # fmt: skip
-STYLE_OF = {"replace_rel": "relation", "swap_obj": "relation", "replace_pos": "position", "swap_pos": "position"}
+STYLE_OF = {
+    "replace_rel": "relation",
+    "swap_obj": "relation",
+    "replace_pos": "position",
+    "swap_pos": "position",
+}
 
 
 def other(rng, values, present):
@@ -1469,14 +1938,25 @@ def edit(caption, category, rng):
     if category == "replace_obj":
         mentions[spot] = dataclasses.replace(thing, shape=other(rng, SHAPES, thing.shape)), shown
     elif category == "replace_att":
-        name, values = rng.choice([("colour", COLOURS)] + [(name, ATTRIBUTES[name]) for name in shown])
-        mentions[spot] = dataclasses.replace(thing, **{name: other(rng, values, getattr(thing, name))}), shown
+        name, values = rng.choice(
+            [("colour", COLOURS)] + [(name, ATTRIBUTES[name]) for name in shown]
+        )
+        mentions[spot] = (
+            dataclasses.replace(thing, **{name: other(rng, values, getattr(thing, name))}),
+            shown,
+        )
     elif category == "replace_pos":
-        mentions[spot] = dataclasses.replace(thing, cell=other(rng, range(GRID * GRID), thing.cell)), shown
+        mentions[spot] = (
+            dataclasses.replace(thing, cell=other(rng, range(GRID * GRID), thing.cell)),
+            shown,
+        )
     elif category == "swap_obj":
         mentions[:2] = mentions[1::-1]
     elif category == "swap_pos":
-        mentions[:2] = (dataclasses.replace(first, cell=second.cell), first_shown), (dataclasses.replace(second, cell=first.cell), second_shown)
+        mentions[:2] = (
+            (dataclasses.replace(first, cell=second.cell), first_shown),
+            (dataclasses.replace(second, cell=first.cell), second_shown),
+        )
     elif category == "swap_att":
         mentions[:2] = (
             (dataclasses.replace(first, colour=second.colour), first_shown),
@@ -1484,13 +1964,26 @@ def edit(caption, category, rng):
         )
     elif category == "add_obj":
         cell = other(rng, range(GRID * GRID), thing.cell)
-        mentions.append((Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(SIZES)), rng.choice(TEXTURES), cell), ()))
+        mentions.append(
+            (
+                Thing(
+                    rng.choice(list(COLOURS)),
+                    rng.choice(SHAPES),
+                    rng.choice(list(SIZES)),
+                    rng.choice(TEXTURES),
+                    cell,
+                ),
+                (),
+            )
+        )
     elif category == "add_att":
         missing = [name for name in ATTRIBUTES if name not in shown]
         if not missing:
             return None
         name = rng.choice(missing)
-        wrong = dataclasses.replace(thing, **{name: other(rng, ATTRIBUTES[name], getattr(thing, name))})
+        wrong = dataclasses.replace(
+            thing, **{name: other(rng, ATTRIBUTES[name], getattr(thing, name))}
+        )
         mentions[spot] = wrong, tuple(n for n in ATTRIBUTES if n in shown or n == name)
     return dataclasses.replace(caption, mentions=tuple(mentions))
 
@@ -1499,12 +1992,21 @@ def edited_caption(seed, index, category):
     """(scene, true Caption, false Caption): the item that (seed, index, category) decides."""
     scene, rng = make_scene(seed, index), random.Random(f"negative {seed} {index} {category}")
     while True:
-        caption = short_caption(scene, rng, STYLE_OF.get(category), mentions=2 if category == "add_obj" else None)
+        caption = short_caption(
+            scene, rng, STYLE_OF.get(category), mentions=2 if category == "add_obj" else None
+        )
         negative = edit(caption, category, rng)
         kinds = [thing.kind for thing, _ in negative.mentions] if negative else []
-        if negative and str(negative) != str(caption) and len(set(kinds)) == len(kinds) and not is_true(negative, scene):
+        if (
+            negative
+            and str(negative) != str(caption)
+            and len(set(kinds)) == len(kinds)
+            and not is_true(negative, scene)
+        ):
             return scene, caption, negative
-        if category == "swap_att" and len({thing.colour for thing in scene.things}) == 1:  # nothing to swap in a scene of one colour
+        if (
+            category == "swap_att" and len({thing.colour for thing in scene.things}) == 1
+        ):  # nothing to swap in a scene of one colour
             scene = make_scene(seed, f"{index} again {rng.random()}")
 
 
@@ -1519,7 +2021,12 @@ def paraphrase(caption, rng):
     mentions = list(caption.mentions)
     if caption.relation:
         mentions[:2] = mentions[1::-1]
-        return dataclasses.replace(caption, opening=rng.choice(OPENINGS), mentions=tuple(mentions), relation=OPPOSITE[caption.relation])
+        return dataclasses.replace(
+            caption,
+            opening=rng.choice(OPENINGS),
+            mentions=tuple(mentions),
+            relation=OPPOSITE[caption.relation],
+        )
     rng.shuffle(mentions)
     return dataclasses.replace(caption, opening=rng.choice(OPENINGS), mentions=tuple(mentions))
 
@@ -1544,12 +2051,18 @@ def scene_pair(seed, index, kind):
         scene = make_scene(seed, f"{index} {rng.random()}")
         a, b, *rest = scene.things
         if kind == "colour":
-            exchanged = dataclasses.replace(a, colour=b.colour), dataclasses.replace(b, colour=a.colour)
+            exchanged = (
+                dataclasses.replace(a, colour=b.colour),
+                dataclasses.replace(b, colour=a.colour),
+            )
         else:
             exchanged = dataclasses.replace(a, cell=b.cell), dataclasses.replace(b, cell=a.cell)
         mirrored = dataclasses.replace(scene, things=(*exchanged, *rest))
         relation = rng.choice(relations(a, b)) if kind == "relation" else None
-        captions = [Caption("", ((x, ()), (y, ())), relation, kind == "position", None) for x, y in ((a, b), exchanged)]
+        captions = [
+            Caption("", ((x, ()), (y, ())), relation, kind == "position", None)
+            for x, y in ((a, b), exchanged)
+        ]
         if kind == "relation":
             captions[1] = dataclasses.replace(captions[0], mentions=captions[0].mentions[::-1])
         true = [[is_true(caption, one) for one in (scene, mirrored)] for caption in captions]
@@ -1614,38 +2127,96 @@ def format_table(header, rows):
     """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
     table = [header, *rows]
     widths = [max(len(row[c]) for row in table) for c in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if c == 0 else cell.rjust(w)
+            for c, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in table
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def add_model_flags(parser):
     """--model --adapter --device --dtype, the same for every script that takes a model."""
-    parser.add_argument("--model", default="tiny", help=f"{', '.join(NAMES)}, a folder in their layout, or a hub id (default: tiny)")
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help=f"{', '.join(NAMES)}, a folder in their layout, or a hub id (default: tiny)",
+    )
     parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one)")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: bfloat16 on cuda, on the cpu float32 if it fits well)")
+    parser.add_argument(
+        "--dtype",
+        help=f"{', '.join(DTYPES)} (default: bfloat16 on cuda, on the cpu float32 if it fits well)",
+    )
 
 
 def command_line():
     """The parser of the flags."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Pairs files: made of public captions, looked at, completed.")
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Pairs files: made of public captions, looked at, completed."
+    )
     commands = parser.add_subparsers(required=True, metavar="convert|check|fill")
-    to_convert = commands.add_parser("convert", help="public caption files -> one pairs file, joined on the picture")
-    to_convert.add_argument("sources", nargs="+", metavar="SOURCE", help="[short:|long:]FILE[@FOLDER OF ITS PICTURES], or a folder of pictures")
+    to_convert = commands.add_parser(
+        "convert", help="public caption files -> one pairs file, joined on the picture"
+    )
+    to_convert.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="[short:|long:]FILE[@FOLDER OF ITS PICTURES], or a folder of pictures",
+    )
     to_convert.add_argument("--out", required=True, metavar="PAIRS.jsonl")
-    to_convert.add_argument("--drop", nargs="+", default=[], metavar="FILE", help="benchmarks' files: leave out the pictures they evaluate on")
+    to_convert.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="benchmarks' files: leave out the pictures they evaluate on",
+    )
     to_check = commands.add_parser("check", help="count what a pairs file holds")
-    to_check.add_argument("--model", default="tiny", help="whose tokens are counted (default: tiny, which spells what is not about scenes)")
+    to_check.add_argument(
+        "--model",
+        default="tiny",
+        help="whose tokens are counted (default: tiny, which spells what is not about scenes)",
+    )
     to_check.add_argument("--picture", metavar="FILE.png", help="also draw the histogram")
-    to_check.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="open every picture, not only look for it")
-    to_check.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that open pictures (default: the cores)")
+    to_check.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="open every picture, not only look for it",
+    )
+    to_check.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="threads that open pictures (default: the cores)",
+    )
     to_fill = commands.add_parser("fill", help="have a model write the captions that are missing")
     add_model_flags(to_fill)
     to_fill.add_argument("--out", required=True, metavar="FILLED.jsonl")
-    to_fill.add_argument("--short-prompt", default="Provide a brief description of the image.", help="(default: %(default)s)")
-    to_fill.add_argument("--long-prompt", default="Describe the image in detail.", help="(default: %(default)s)")
-    to_fill.add_argument("--batch", type=int, default=16, help="pictures that are captioned together (default: %(default)s)")
-    to_fill.add_argument("--on-bad-data", choices=("error", "skip"), default="error", help="a broken row: stop, or leave it out and list it")
+    to_fill.add_argument(
+        "--short-prompt",
+        default="Provide a brief description of the image.",
+        help="(default: %(default)s)",
+    )
+    to_fill.add_argument(
+        "--long-prompt", default="Describe the image in detail.", help="(default: %(default)s)"
+    )
+    to_fill.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        help="pictures that are captioned together (default: %(default)s)",
+    )
+    to_fill.add_argument(
+        "--on-bad-data",
+        choices=("error", "skip"),
+        default="error",
+        help="a broken row: stop, or leave it out and list it",
+    )
     for each in (to_check, to_fill):
         each.add_argument("pairs", metavar="PAIRS.jsonl")
     for each, run in ((to_convert, convert), (to_check, check), (to_fill, fill)):
@@ -1660,6 +2231,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from data import main  # not the one above: vladva imports this file as `data`, and its classes must be ours
+    from data import (
+        main,
+    )  # not the one above: vladva imports this file as `data`, and its classes must be ours
 
     main()

@@ -15,7 +15,15 @@ from torch import nn
 
 from model import FrozenLinear, Linear
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # paper Sec. 3.3: the linear layers inside Phi_l
+TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # paper Sec. 3.3: the linear layers inside Phi_l
 
 
 class LoRAProduct(torch.autograd.Function):
@@ -35,12 +43,22 @@ class LoRAProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (rows, low, weight, lora_a, lora_b), grad, x_grad = ctx.saved_tensors, grad.flatten(0, -2), None
+        (rows, low, weight, lora_a, lora_b), grad, x_grad = (
+            ctx.saved_tensors,
+            grad.flatten(0, -2),
+            None,
+        )
         low_grad = (grad @ lora_b.to(grad.dtype)) * ctx.scale  # (n, R)
         if ctx.needs_input_grad[0]:
             x_grad = grad @ weight.to(grad.dtype)
             x_grad = x_grad.addmm_(low_grad, lora_a.to(grad.dtype)).view(ctx.shape)
-        return x_grad, None, (low_grad.T @ rows).to(lora_a.dtype), (grad.T @ low * ctx.scale).to(lora_b.dtype), None
+        return (
+            x_grad,
+            None,
+            (low_grad.T @ rows).to(lora_a.dtype),
+            (grad.T @ low * ctx.scale).to(lora_b.dtype),
+            None,
+        )
 
 
 class LoRALinear(nn.Module):
@@ -54,8 +72,12 @@ class LoRALinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.alpha, self.enabled = rank, alpha, True
         device = linear.weight.device
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32))
+        self.lora_a = nn.Parameter(
+            torch.empty(rank, linear.in_features, device=device, dtype=torch.float32)
+        )
+        self.lora_b = nn.Parameter(
+            torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32)
+        )
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     @torch.no_grad()
@@ -73,7 +95,9 @@ class LoRALinear(nn.Module):
 
 def lora_layers(module):
     """[(name, LoRALinear), ...] inside a module."""
-    return [(name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)]
+    return [
+        (name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)
+    ]
 
 
 def replace_layers(module, wanted, make):
@@ -90,10 +114,18 @@ def replace_layers(module, wanted, make):
 def attach(module, rank, alpha, targets=TARGETS):
     """Wrap every linear layer of the module whose attribute is in `targets`; returns how many. The base weights stay where they are."""
     if rank < 1:
-        raise ValueError(f"LoRA rank is {rank}: at least 1 is needed (train without adapters by turning LoRA off instead)")
+        raise ValueError(
+            f"LoRA rank is {rank}: at least 1 is needed (train without adapters by turning LoRA off instead)"
+        )
     if lora_layers(module):
-        raise ValueError("this model has LoRA layers already: merge or reload it before attaching new ones")
-    return replace_layers(module, lambda name, child: name in targets and isinstance(child, nn.Linear), lambda child: LoRALinear(child, rank, alpha))
+        raise ValueError(
+            "this model has LoRA layers already: merge or reload it before attaching new ones"
+        )
+    return replace_layers(
+        module,
+        lambda name, child: name in targets and isinstance(child, nn.Linear),
+        lambda child: LoRALinear(child, rank, alpha),
+    )
 
 
 @contextlib.contextmanager
@@ -115,7 +147,9 @@ def merge(module):
 
     def merged(layer):
         with torch.device("meta"):
-            linear = Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None)
+            linear = Linear(
+                layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None
+            )
         linear.weight, linear.bias = nn.Parameter(layer.folded(), requires_grad=False), layer.bias
         return linear
 
@@ -124,4 +158,8 @@ def merge(module):
 
 def lora_state(module):
     """{"<layer>.lora_a": tensor, "<layer>.lora_b": tensor}: everything a LoRA adapter is."""
-    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in lora_layers(module) for part in ("lora_a", "lora_b")}
+    return {
+        f"{name}.{part}": getattr(layer, part).detach()
+        for name, layer in lora_layers(module)
+        for part in ("lora_a", "lora_b")
+    }

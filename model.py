@@ -85,12 +85,16 @@ class LVLMConfig:
     decoder: DecoderConfig
     image_token_id: int
     vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, ...]
-    raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as read, written back on save
+    raw: dict = field(
+        default_factory=dict, compare=False, repr=False
+    )  # config.json as read, written back on save
     model_type = "llava"
 
     def towers(self):
         """(vision tower, projector): image tokens are projector(vision(pixels))."""
-        return VisionTower(self.vision, self.num_vision_blocks), Projector(self.vision.hidden_size, self.decoder.hidden_size)
+        return VisionTower(self.vision, self.num_vision_blocks), Projector(
+            self.vision.hidden_size, self.decoder.hidden_size
+        )
 
     def grid(self, pixels=None):
         """(rows, columns) of image tokens of one preprocessed picture; of a rendered scene when there is none."""
@@ -117,7 +121,9 @@ class LVLMConfig:
         """Blocks that are run: those after the feature layer would change nothing."""
         layer, states = self.vision_feature_layer, self.vision.num_hidden_layers + 1
         if not -states <= layer < states:
-            raise ValueError(f"vision_feature_layer is {layer}, but the vision tower has {states} hidden states: correct config.json")
+            raise ValueError(
+                f"vision_feature_layer is {layer}, but the vision tower has {states} hidden states: correct config.json"
+            )
         return layer % states
 
 
@@ -141,7 +147,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: a model folder holds config.json, *.safetensors, tokenizer.json and preprocessor_config.json") from None
+        raise ValueError(
+            f"{path} is missing: a model folder holds config.json, *.safetensors, tokenizer.json and preprocessor_config.json"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
 
@@ -150,7 +158,9 @@ def check_supported(name, section):
     """ValueError naming the first field of a config section that asks for something else than SUPPORTED[name] allows."""
     for key, allowed in SUPPORTED[name].items():
         if key in section and section[key] not in allowed:
-            raise ValueError(f"config.json: {name}.{key} is {section[key]!r}; this code does {' or '.join(map(repr, allowed))} only")
+            raise ValueError(
+                f"config.json: {name}.{key} is {section[key]!r}; this code does {' or '.join(map(repr, allowed))} only"
+            )
 
 
 def hub_config(raw, tower):
@@ -165,7 +175,15 @@ def hub_config(raw, tower):
             f"config.json names the vision tower {raw['mm_vision_tower']!r}, which is not here: put that CLIP folder (config.json, "
             f"preprocessor_config.json, *.safetensors) beside, as {Path(raw['mm_vision_tower']).name}"
         )
-    extra = ("rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id")
+    extra = (
+        "rope_scaling",
+        "rope_parameters",
+        "attention_bias",
+        "mlp_bias",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
     text = {key: raw[key] for key in (*DecoderConfig.__dataclass_fields__, *extra) if key in raw}
     return {
         "model_type": "llava",
@@ -188,26 +206,52 @@ def parse_config(raw):
 
 def parse_llava(raw):
     """parse_config for LLaVA-1.5."""
-    sections = {"top": raw, "vision_config": raw.get("vision_config"), "text_config": raw.get("text_config")}
+    sections = {
+        "top": raw,
+        "vision_config": raw.get("vision_config"),
+        "text_config": raw.get("text_config"),
+    }
     for name, section in sections.items():
         if not isinstance(section, dict):
-            raise ValueError(f"config.json has no object {name!r}: wanted the layout of llava-hf/llava-1.5-7b-hf")
+            raise ValueError(
+                f"config.json has no object {name!r}: wanted the layout of llava-hf/llava-1.5-7b-hf"
+            )
         check_supported(name, section)
     image_token_id = raw.get("image_token_id", raw.get("image_token_index"))
     if image_token_id is None:
-        raise ValueError("config.json has neither image_token_index nor image_token_id: it must name the id of <image>")
+        raise ValueError(
+            "config.json has neither image_token_index nor image_token_id: it must name the id of <image>"
+        )
     if not isinstance(raw.get("vision_feature_layer", -2), int):
-        raise ValueError(f"config.json: vision_feature_layer is {raw['vision_feature_layer']!r}; this code reads one layer, an integer")
+        raise ValueError(
+            f"config.json: vision_feature_layer is {raw['vision_feature_layer']!r}; this code reads one layer, an integer"
+        )
     text = dict(sections["text_config"])
     rope = text.pop("rope_parameters", None) or {}
-    strange = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type") or (k == "rope_type" and v != "default")}
+    strange = {
+        k: v
+        for k, v in rope.items()
+        if k not in ("rope_theta", "rope_type") or (k == "rope_type" and v != "default")
+    }
     if strange:
-        raise ValueError(f"config.json: text_config.rope_parameters asks for {strange}; this code does rope_type 'default' with a rope_theta only")
+        raise ValueError(
+            f"config.json: text_config.rope_parameters asks for {strange}; this code does rope_type 'default' with a rope_theta only"
+        )
     text.setdefault("rope_theta", rope.get("rope_theta", DecoderConfig.rope_theta))
-    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", DecoderConfig.tie_word_embeddings))
+    text.setdefault(
+        "tie_word_embeddings", raw.get("tie_word_embeddings", DecoderConfig.tie_word_embeddings)
+    )
     return LVLMConfig(
-        vision=VisionConfig(**{k: v for k, v in sections["vision_config"].items() if k in VisionConfig.__dataclass_fields__}),
-        decoder=DecoderConfig(**{k: v for k, v in text.items() if k in DecoderConfig.__dataclass_fields__}),
+        vision=VisionConfig(
+            **{
+                k: v
+                for k, v in sections["vision_config"].items()
+                if k in VisionConfig.__dataclass_fields__
+            }
+        ),
+        decoder=DecoderConfig(
+            **{k: v for k, v in text.items() if k in DecoderConfig.__dataclass_fields__}
+        ),
         image_token_id=image_token_id,
         vision_feature_layer=raw.get("vision_feature_layer", -2),
         raw=raw,
@@ -238,12 +282,22 @@ class VisionBlock(nn.Module):
         width, self.heads = config.hidden_size, config.num_attention_heads
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config.intermediate_size), "fc2": nn.Linear(config.intermediate_size, width)})
+        self.self_attn = nn.ModuleDict(
+            {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": nn.Linear(width, config.intermediate_size),
+                "fc2": nn.Linear(config.intermediate_size, width),
+            }
+        )
 
     def forward(self, x):
         normed = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (
+            self.self_attn[name](normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + N, K)
         x = x + self.self_attn["out_proj"](attended.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.layer_norm2(x))))
@@ -258,15 +312,28 @@ class VisionTower(nn.Module):
         super().__init__()
         width, self.num_blocks = config.hidden_size, num_blocks
         self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, width)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic: the published checkpoints spell it so
+        self.patch_embedding = nn.Conv2d(
+            3, width, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(
+            (config.image_size // config.patch_size) ** 2 + 1, width
+        )
+        self.pre_layrnorm = nn.LayerNorm(
+            width, eps=config.layer_norm_eps
+        )  # sic: the published checkpoints spell it so
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # LLaVA never applies it; kept so that a save is complete
+        self.post_layernorm = nn.LayerNorm(
+            width, eps=config.layer_norm_eps
+        )  # LLaVA never applies it; kept so that a save is complete
 
     def forward(self, pixels):
-        patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # (B, N, C)
-        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + self.position_embedding.weight
+        patches = (
+            self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)
+        )  # (B, N, C)
+        x = (
+            torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+            + self.position_embedding.weight
+        )
         x = self.pre_layrnorm(x)
         for block in self.layers[: self.num_blocks]:
             x = block(x)
@@ -274,7 +341,10 @@ class VisionTower(nn.Module):
 
     def run_weights(self):
         """The parameters that every patch meets."""
-        return [self.patch_embedding.weight, *(p for block in self.layers[: self.num_blocks] for p in block.parameters())]
+        return [
+            self.patch_embedding.weight,
+            *(p for block in self.layers[: self.num_blocks] for p in block.parameters()),
+        ]
 
 
 class Projector(nn.Module):
@@ -314,7 +384,9 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -348,7 +420,9 @@ def rotary_tables(positions, width, theta, dtype, sections=()):
     """
     angles = positions[..., None].float() * frequencies(width, theta, positions.device)
     if positions.ndim == 3:
-        angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(sections, dim=-1))], dim=-1)
+        angles = torch.cat(
+            [part[axis] for axis, part in enumerate(angles.split(sections, dim=-1))], dim=-1
+        )
     return cos_and_sin(angles, dtype)
 
 
@@ -365,7 +439,13 @@ class KVCache:
     """
 
     def __init__(self, config, batch, slots, device, dtype):
-        shape = (config.num_hidden_layers, batch, slots, config.kv_heads, config.head_width)  # (layers, B, S, G, K)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            slots,
+            config.kv_heads,
+            config.head_width,
+        )  # (layers, B, S, G, K)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch, device=device)[:, None]
@@ -388,7 +468,10 @@ class Prefix:
 
     def write(self, layer, k, v, positions):
         """k, v (B, G, T, K) behind those of the prefix, (B, G, S + T, K) each."""
-        before = (kept[layer].transpose(1, 2).expand(len(k), -1, -1, -1) for kept in (self.cache.keys, self.cache.values))
+        before = (
+            kept[layer].transpose(1, 2).expand(len(k), -1, -1, -1)
+            for kept in (self.cache.keys, self.cache.values)
+        )
         return tuple(torch.cat(both, dim=2) for both in zip(before, (k, v)))
 
 
@@ -407,7 +490,11 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.head_width
+        self.heads, self.kv_heads, self.width = (
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_width,
+        )
         self.q_proj = Linear(config.hidden_size, self.heads * self.width, config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, self.kv_heads * self.width, config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width, config.qkv_bias)
@@ -415,13 +502,20 @@ class Attention(nn.Module):
 
     def project(self, x, rotary):
         """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return rotate(q, *rotary), rotate(k, *rotary), v
 
     def weights(self, x, rotary):
         """The attention weights (B, H, T, T) that the fused kernel multiplies the values with and never shows; for figures only."""
         q, k, _ = self.project(x, rotary)
-        scores = q @ k.repeat_interleave(self.heads // self.kv_heads, dim=1).transpose(-1, -2) * self.width**-0.5
+        scores = (
+            q
+            @ k.repeat_interleave(self.heads // self.kv_heads, dim=1).transpose(-1, -2)
+            * self.width**-0.5
+        )
         unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         return scores.float().masked_fill(unseen, -torch.inf).softmax(-1)
 
@@ -430,9 +524,15 @@ class Attention(nn.Module):
         grouped = self.heads != self.kv_heads
         if cache is not None:
             all_k, all_v = cache.write(layer, k, v, positions)
-        if positions is not None:  # tokens that follow others: they see the slots up to their own position
-            seen = torch.arange(all_k.shape[2], device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-            attended = F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=seen, enable_gqa=grouped)
+        if (
+            positions is not None
+        ):  # tokens that follow others: they see the slots up to their own position
+            seen = (
+                torch.arange(all_k.shape[2], device=x.device) <= positions[:, None, :, None]
+            )  # (B, 1, T, S)
+            attended = F.scaled_dot_product_attention(
+                q, all_k, all_v, attn_mask=seen, enable_gqa=grouped
+            )
         else:  # right padding needs no mask under causal attention: a real token never sees what comes after it
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.o_proj(pick(attended.transpose(1, 2).flatten(2), rows))
@@ -462,7 +562,9 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, rotary, cache=None, layer=None, positions=None, rows=None):
-        x = pick(x, rows) + self.self_attn(self.input_layernorm(x), rotary, cache, layer, positions, rows)
+        x = pick(x, rows) + self.self_attn(
+            self.input_layernorm(x), rotary, cache, layer, positions, rows
+        )
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -489,7 +591,11 @@ class Decoder(nn.Module):
         axes: (3, B, T) or (B, T), rotary positions when they are not where the tokens stand.
         """
         assert depth is None or 1 <= depth <= len(self.layers), depth
-        rotary, x, blocks = self.rotary(embeds, positions if axes is None else axes), embeds, self.layers[:depth]
+        rotary, x, blocks = (
+            self.rotary(embeds, positions if axes is None else axes),
+            embeds,
+            self.layers[:depth],
+        )
         for layer, block in enumerate(blocks):
             wanted = rows if layer + 1 == len(blocks) else None
             if self.checkpointing and torch.is_grad_enabled():
@@ -500,8 +606,18 @@ class Decoder(nn.Module):
 
     def rotary(self, embeds, positions=None):
         """(cos, sin), (B or 1, 1, T, K) each, for tokens at `positions` (B or 1, T) or (3, B, T), or at 0 .. T - 1."""
-        where = torch.arange(embeds.shape[1], device=embeds.device)[None] if positions is None else positions
-        cos, sin = rotary_tables(where, self.config.head_width, self.config.rope_theta, embeds.dtype, self.config.rope_sections)
+        where = (
+            torch.arange(embeds.shape[1], device=embeds.device)[None]
+            if positions is None
+            else positions
+        )
+        cos, sin = rotary_tables(
+            where,
+            self.config.head_width,
+            self.config.rope_theta,
+            embeds.dtype,
+            self.config.rope_sections,
+        )
         return cos[:, None], sin[:, None]
 
     def attention_maps(self, embeds, axes=None):
@@ -517,7 +633,9 @@ def place(embeds, vectors, slots):
     count = vectors.shape[-2]
     columns = slots[:, None] + torch.arange(count, device=embeds.device)  # (B, n)
     rows = torch.arange(len(embeds), device=embeds.device)[:, None]
-    return embeds.index_put((rows, columns), vectors.to(embeds.dtype).expand(len(embeds), count, -1))
+    return embeds.index_put(
+        (rows, columns), vectors.to(embeds.dtype).expand(len(embeds), count, -1)
+    )
 
 
 def place_image(embeds, features, places):
@@ -530,7 +648,10 @@ class LVLM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.wider = config, None  # dtype of the decoder's arithmetic; None: that of the weights
+        self.config, self.wider = (
+            config,
+            None,
+        )  # dtype of the decoder's arithmetic; None: that of the weights
         self.vision, self.projector = config.towers()
         self.decoder = Decoder(config.decoder)
         self.head = Linear(config.decoder.hidden_size, config.decoder.vocab_size)
@@ -571,7 +692,9 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature}, top-p {self.top_p}: wanted 0 or more, and above 0 up to 1")
+            raise ValueError(
+                f"temperature {self.temperature}, top-p {self.top_p}: wanted 0 or more, and above 0 up to 1"
+            )
 
 
 GREEDY = Sampling()
@@ -599,11 +722,20 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY, axe
     slots = width + max_new_tokens
     limit = lvlm.config.decoder.max_position_embeddings
     if slots > limit:
-        raise ValueError(f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {limit} positions: ask for fewer")
+        raise ValueError(
+            f"prompt of {width} tokens + {max_new_tokens} new ones exceed the model's {limit} positions: ask for fewer"
+        )
     cache = KVCache(lvlm.config.decoder, batch, slots, embeds.device, embeds.dtype)
     generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
-    last = lvlm.decoder(embeds, cache, rows=torch.arange(batch, device=embeds.device) * width + lengths - 1, axes=axes)  # (B, D)
-    follow = lengths if axes is None else axes.amax(0).gather(1, lengths[:, None] - 1)[:, 0] + 1  # (B,) rotary position of the first new token
+    last = lvlm.decoder(
+        embeds,
+        cache,
+        rows=torch.arange(batch, device=embeds.device) * width + lengths - 1,
+        axes=axes,
+    )  # (B, D)
+    follow = (
+        lengths if axes is None else axes.amax(0).gather(1, lengths[:, None] - 1)[:, 0] + 1
+    )  # (B,) rotary position of the first new token
     produced, done = [], torch.zeros(batch, dtype=torch.bool, device=embeds.device)
     for step in range(max_new_tokens):
         token = next_token(lvlm.head(last), sampling, generator)  # (B,)
@@ -611,7 +743,12 @@ def generate(lvlm, embeds, lengths, eos_id, max_new_tokens, sampling=GREEDY, axe
         done |= token == eos_id
         if step + 1 == max_new_tokens or done.all():
             break
-        last = lvlm.decoder(lvlm.embed(token[:, None]), cache, (lengths + step)[:, None], axes=(follow + step)[:, None])[:, 0]
+        last = lvlm.decoder(
+            lvlm.embed(token[:, None]),
+            cache,
+            (lengths + step)[:, None],
+            axes=(follow + step)[:, None],
+        )[:, 0]
     rows = torch.stack(produced, dim=1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
@@ -652,17 +789,26 @@ class Qwen2VLConfig:
     vision: Qwen2VLVisionConfig
     decoder: DecoderConfig
     image_token_id: int
-    raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json in nested form, written back on save
+    raw: dict = field(
+        default_factory=dict, compare=False, repr=False
+    )  # config.json in nested form, written back on save
     model_type = "qwen2_vl"
 
     def towers(self):
         return PatchTower(self.vision), PatchMerger(self.vision, self.decoder.hidden_size)
 
     def grid(self, pixels=None):
-        return (self.vision.image_size // self.vision.token_side,) * 2 if pixels is None else tuple(pixels.shape[:2])
+        return (
+            (self.vision.image_size // self.vision.token_side,) * 2
+            if pixels is None
+            else tuple(pixels.shape[:2])
+        )
 
     def stack(self, pictures):
-        return Patches(torch.cat([pixels.flatten(0, 2) for pixels in pictures]), [self.grid(pixels) for pixels in pictures])
+        return Patches(
+            torch.cat([pixels.flatten(0, 2) for pixels in pictures]),
+            [self.grid(pixels) for pixels in pictures],
+        )
 
     def positions(self, ids, grid):
         """(3, T): time, row and column of every token, from where the placeholder ids stand (after transformers' get_rope_index).
@@ -672,15 +818,34 @@ class Qwen2VLConfig:
         """
         (rows, columns), start = grid, ids.index(self.image_token_id)
         text = lambda count: torch.arange(count).expand(3, -1)
-        picture = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).T  # (3, N)
-        return torch.cat([text(start), picture + start, text(len(ids) - start - rows * columns) + start + max(grid)], dim=1)
+        picture = torch.cartesian_prod(
+            torch.arange(1), torch.arange(rows), torch.arange(columns)
+        ).T  # (3, N)
+        return torch.cat(
+            [
+                text(start),
+                picture + start,
+                text(len(ids) - start - rows * columns) + start + max(grid),
+            ],
+            dim=1,
+        )
 
     def hub_name(self, key):
-        return next(theirs + key[len(ours) :] for ours, theirs in QWEN2_VL_NAMES if key.startswith(ours))
+        return next(
+            theirs + key[len(ours) :] for ours, theirs in QWEN2_VL_NAMES if key.startswith(ours)
+        )
 
 
-QWEN2_VL_NAMES = (("vision.", "visual."), ("projector.", "visual.merger."), ("decoder.", "model."), ("head.", "lm_head."))
-QWEN2_VL_TEXT = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}  # where transformers' Qwen2VLTextConfig has other defaults than Llama's
+QWEN2_VL_NAMES = (
+    ("vision.", "visual."),
+    ("projector.", "visual.merger."),
+    ("decoder.", "model."),
+    ("head.", "lm_head."),
+)
+QWEN2_VL_TEXT = {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768,
+}  # where transformers' Qwen2VLTextConfig has other defaults than Llama's
 QWEN2_VL_TOP = ("architectures", "model_type", "vision_config", "torch_dtype", "dtype", "transformers_version", "quantization_config",
                 "tie_word_embeddings", "image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id",
                 "vision_end_token_id")  # fmt: skip  # what stays outside text_config
@@ -689,33 +854,57 @@ QWEN2_VL_TOP = ("architectures", "model_type", "vision_config", "torch_dtype", "
 def parse_qwen2_vl(raw):
     """parse_config for Qwen2-VL: the hub's flat form, or the nested one of transformers 4.52 and later."""
     if "text_config" not in raw:
-        text = {"model_type": "qwen2_vl_text", **{key: value for key, value in raw.items() if key not in QWEN2_VL_TOP}}
+        text = {
+            "model_type": "qwen2_vl_text",
+            **{key: value for key, value in raw.items() if key not in QWEN2_VL_TOP},
+        }
         raw = {key: raw[key] for key in QWEN2_VL_TOP if key in raw} | {"text_config": text}
     check_supported("qwen2_vl", raw)
     for name in ("vision_config", "text_config"):
         section = raw.get(name) or {}
         if not section.get("model_type", "qwen2_vl").startswith("qwen2_vl"):
-            raise ValueError(f"config.json: top.model_type is 'qwen2_vl', but {name}.model_type is {section['model_type']!r}")
+            raise ValueError(
+                f"config.json: top.model_type is 'qwen2_vl', but {name}.model_type is {section['model_type']!r}"
+            )
         check_supported(f"qwen2_vl {name}", section)
     if not isinstance(raw.get("vision_config"), dict) or raw.get("image_token_id") is None:
-        raise ValueError("config.json has no vision_config or no image_token_id: wanted the layout of Qwen/Qwen2-VL-2B-Instruct")
+        raise ValueError(
+            "config.json has no vision_config or no image_token_id: wanted the layout of Qwen/Qwen2-VL-2B-Instruct"
+        )
     text = {**QWEN2_VL_TEXT, **raw["text_config"]}
-    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)  # either place, by version
-    decoder = DecoderConfig(**{k: v for k, v in text.items() if k in DecoderConfig.__dataclass_fields__} | qwen2_vl_rope(text), qkv_bias=True)
+    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", False) or text.get(
+        "tie_word_embeddings", False
+    )  # either place, by version
+    decoder = DecoderConfig(
+        **{k: v for k, v in text.items() if k in DecoderConfig.__dataclass_fields__}
+        | qwen2_vl_rope(text),
+        qkv_bias=True,
+    )
     if sum(decoder.rope_sections) != decoder.head_width // 2:
-        raise ValueError(f"config.json: mrope_section is {decoder.rope_sections}, but a head has {decoder.head_width // 2} rotary frequencies")
-    vision = {k: v for k, v in raw["vision_config"].items() if k in Qwen2VLVisionConfig.__dataclass_fields__}
+        raise ValueError(
+            f"config.json: mrope_section is {decoder.rope_sections}, but a head has {decoder.head_width // 2} rotary frequencies"
+        )
+    vision = {
+        k: v
+        for k, v in raw["vision_config"].items()
+        if k in Qwen2VLVisionConfig.__dataclass_fields__
+    }
     return Qwen2VLConfig(Qwen2VLVisionConfig(**vision), decoder, raw["image_token_id"], raw)
 
 
 def qwen2_vl_rope(text):
     """{"rope_theta", "rope_sections"} of a text_config: the hub's rope_theta and rope_scaling, or transformers 5's rope_parameters."""
-    rope = {"rope_theta": text.get("rope_theta", 1e6), "mrope_section": [16, 24, 24]}  # transformers' defaults
+    rope = {
+        "rope_theta": text.get("rope_theta", 1e6),
+        "mrope_section": [16, 24, 24],
+    }  # transformers' defaults
     rope |= text.get("rope_scaling") or text.get("rope_parameters") or {}
     kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope}
     theta, sections = rope.pop("rope_theta"), tuple(rope.pop("mrope_section"))
     if rope or kinds - {"mrope", "default"} or len(sections) != 3:
-        raise ValueError(f"config.json: rotary positions {sorted(kinds)} {sections} {rope}; this code does mrope with three sections only")
+        raise ValueError(
+            f"config.json: rotary positions {sorted(kinds)} {sections} {rope}; this code does mrope with three sections only"
+        )
     return {"rope_theta": theta, "rope_sections": sections}
 
 
@@ -740,15 +929,28 @@ class PatchBlock(nn.Module):
         super().__init__()
         width, self.heads = config.embed_dim, config.num_heads
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, config.mlp_ratio * width), "fc2": nn.Linear(config.mlp_ratio * width, width)})
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": nn.Linear(width, config.mlp_ratio * width),
+                "fc2": nn.Linear(config.mlp_ratio * width, width),
+            }
+        )
 
     def forward(self, x, rotary, counts):
         """x: (n, C); counts: patches of each picture."""
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, 1, self.heads, -1)).permute(1, 2, 3, 0, 4)  # (1, H, n, K) each
+        q, k, v = (
+            self.attn["qkv"](self.norm1(x))
+            .unflatten(-1, (3, 1, self.heads, -1))
+            .permute(1, 2, 3, 0, 4)
+        )  # (1, H, n, K) each
         q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         pictures = zip(*(each.split(counts, dim=2) for each in (q, k, v)))
-        attended = torch.cat([F.scaled_dot_product_attention(*picture) for picture in pictures], dim=2)
+        attended = torch.cat(
+            [F.scaled_dot_product_attention(*picture) for picture in pictures], dim=2
+        )
         x = x + self.attn["proj"](attended[0].transpose(0, 1).flatten(1))
         return x + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.norm2(x))))
 
@@ -758,14 +960,21 @@ class PatchTower(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.merge, self.head_width = config.spatial_merge_size, config.embed_dim // config.num_heads
+        self.merge, self.head_width = (
+            config.spatial_merge_size,
+            config.embed_dim // config.num_heads,
+        )
         self.patches_per_token = self.merge**2
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, config.embed_dim, kernel, stride=kernel, bias=False)})
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv3d(3, config.embed_dim, kernel, stride=kernel, bias=False)}
+        )
         self.blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.depth))
 
     def forward(self, patches):
-        weight = self.patch_embed["proj"].weight.flatten(1)  # a patch fills the kernel, so the convolution is one product
+        weight = self.patch_embed["proj"].weight.flatten(
+            1
+        )  # a patch fills the kernel, so the convolution is one product
         x = F.linear(patches.values.to(weight.dtype), weight)
         rotary = self.rotary(patches.grids, x.device)
         counts = [rows * columns * self.patches_per_token for rows, columns in patches.grids]
@@ -776,9 +985,16 @@ class PatchTower(nn.Module):
     def rotary(self, grids, device):
         """cos and sin, (n, K) each: half of a head's channels turn with the patch's row, half with its column."""
         inside = torch.arange(self.merge)
-        each = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns), inside, inside) for rows, columns in grids]
-        positions = torch.cat([self.merge * where[:, :2] + where[:, 2:] for where in each]).to(device)  # (n, 2)
-        angles = positions[..., None].float() * frequencies(self.head_width // 2, 10000.0, device)  # (n, 2, K / 4)
+        each = [
+            torch.cartesian_prod(torch.arange(rows), torch.arange(columns), inside, inside)
+            for rows, columns in grids
+        ]
+        positions = torch.cat([self.merge * where[:, :2] + where[:, 2:] for where in each]).to(
+            device
+        )  # (n, 2)
+        angles = positions[..., None].float() * frequencies(
+            self.head_width // 2, 10000.0, device
+        )  # (n, 2, K / 4)
         return cos_and_sin(angles.flatten(1), torch.float32)
 
     def run_weights(self):
@@ -794,7 +1010,9 @@ class PatchMerger(nn.Module):
         self.count = config.spatial_merge_size**2
         width = config.embed_dim * self.count
         self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, decoder_width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, decoder_width)
+        )
 
     def forward(self, features):
         return self.mlp(self.ln_q(features).unflatten(0, (-1, self.count)).flatten(1))
@@ -811,29 +1029,53 @@ PREFIXES = (
     ("language_model.model.", "decoder."),  # llava-hf
     ("language_model.lm_head.", "head."),
     ("multi_modal_projector.", "projector."),
-    *((root + theirs, ours) for root in ("visual.", "model.visual.") for theirs, ours in (("merger.", "projector."), ("", "vision."))),  # Qwen2-VL
+    *(
+        (root + theirs, ours)
+        for root in ("visual.", "model.visual.")
+        for theirs, ours in (("merger.", "projector."), ("", "vision."))
+    ),  # Qwen2-VL
     ("model.language_model.", "decoder."),  # transformers 4.52 and later
     ("model.multi_modal_projector.", "projector."),
     ("lm_head.", "head."),
     ("model.mm_projector.0.", "projector.linear_1."),  # the original LLaVA
     ("model.mm_projector.2.", "projector.linear_2."),
-    *((root + part, "vision.") for root in VISION_ROOTS for part in ("embeddings.", "encoder.", "")),
+    *(
+        (root + part, "vision.")
+        for root in VISION_ROOTS
+        for part in ("embeddings.", "encoder.", "")
+    ),
     ("model.", "decoder."),  # the original LLaVA; Qwen2-VL
 )
-IGNORED_SUFFIXES = ("embeddings.position_ids", "rotary_emb.inv_freq")  # tables that old checkpoints carry and that are recomputed
-IGNORED_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # the rest of a CLIP folder
+IGNORED_SUFFIXES = (
+    "embeddings.position_ids",
+    "rotary_emb.inv_freq",
+)  # tables that old checkpoints carry and that are recomputed
+IGNORED_PREFIXES = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+)  # the rest of a CLIP folder
 FLOATS = ("F64", "F32", "F16", "BF16")  # stored dtypes that can be read as they are
 
 
 def to_ours(key):
     """Name of a stored tensor -> its name in LVLM, or None when no layout knows it."""
-    return next((ours + key[len(theirs) :] for theirs, ours in PREFIXES if key.startswith(theirs)), None)
+    return next(
+        (ours + key[len(theirs) :] for theirs, ours in PREFIXES if key.startswith(theirs)), None
+    )
 
 
 def to_hub(key):
     """Name of a parameter of a LLaVA -> its name in the hub's layout."""
     if key.startswith("vision."):
-        part = "encoder." if key.startswith("vision.layers.") else "" if "layrnorm" in key or "post_layernorm" in key else "embeddings."
+        part = (
+            "encoder."
+            if key.startswith("vision.layers.")
+            else ""
+            if "layrnorm" in key or "post_layernorm" in key
+            else "embeddings."
+        )
         return f"vision_tower.vision_model.{part}{key[len('vision.') :]}"
     return next(theirs + key[len(ours) :] for theirs, ours in PREFIXES if key.startswith(ours))
 
@@ -842,16 +1084,26 @@ def shard_files(folder):
     """The safetensors files of a folder: those its index names, or the single model.safetensors."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    names = (
+        sorted(set(read_json(index).get("weight_map", {}).values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     missing = [name for name in names if not (folder / name).exists()]
-    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    pickles = [
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))
+    ]
     if missing and pickles:
         raise ValueError(
             f"{folder}: {', '.join(missing)} not found, and {pickles[0]} is a pickle, which could run any code: convert it to safetensors"
         )
     if missing or not names:
-        wanted = f"every shard of {index.name}" if index.exists() else "model.safetensors or its index"
-        raise ValueError(f"{folder}: {', '.join(missing) or 'weight_map'} not found; wanted {wanted}")
+        wanted = (
+            f"every shard of {index.name}" if index.exists() else "model.safetensors or its index"
+        )
+        raise ValueError(
+            f"{folder}: {', '.join(missing) or 'weight_map'} not found; wanted {wanted}"
+        )
     return [folder / name for name in names]
 
 
@@ -860,7 +1112,9 @@ def open_shard(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): truncated download, or another format such as a pickle") from None
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}): truncated download, or another format such as a pickle"
+        ) from None
 
 
 def check_keys(found, wanted):
@@ -868,7 +1122,9 @@ def check_keys(found, wanted):
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     mismatched = [
-        f"{k} {tuple(found[k])}, wanted {tuple(wanted[k])}" for k in sorted(found.keys() & wanted.keys()) if tuple(found[k]) != tuple(wanted[k])
+        f"{k} {tuple(found[k])}, wanted {tuple(wanted[k])}"
+        for k in sorted(found.keys() & wanted.keys())
+        if tuple(found[k]) != tuple(wanted[k])
     ]
     problems = [f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)) if names]  # fmt: skip
@@ -895,9 +1151,13 @@ def stored_tensors(paths):
                 continue
             ours, header = to_ours(name) or name, shard.get_slice(name)
             if ours in found:
-                raise ValueError(f"{path}: {name} is the same weight as {found[ours].name} of {found[ours].path.name}: remove one of the two")
+                raise ValueError(
+                    f"{path}: {name} is the same weight as {found[ours].name} of {found[ours].path.name}: remove one of the two"
+                )
             if header.get_dtype() not in FLOATS:
-                raise ValueError(f"{path}: {name} is stored as {header.get_dtype()}; this code reads {', '.join(FLOATS)} only, nothing quantised")
+                raise ValueError(
+                    f"{path}: {name} is stored as {header.get_dtype()}; this code reads {', '.join(FLOATS)} only, nothing quantised"
+                )
             found[ours] = Stored(path, name, tuple(header.get_shape()))
     return found
 
@@ -913,7 +1173,10 @@ def load_weights(lvlm, folder, device, dtype, tower=None):
         found |= stored_tensors(shard_files(tower))
     if tied:
         found.pop("head.weight", None)  # some tied checkpoints store the shared weight twice
-    wanted = {found[name].name if name in found else lvlm.config.hub_name(name): p.shape for name, p in lvlm.named_parameters()}
+    wanted = {
+        found[name].name if name in found else lvlm.config.hub_name(name): p.shape
+        for name, p in lvlm.named_parameters()
+    }
     try:
         check_keys({stored.name: stored.shape for stored in found.values()}, wanted)
     except ValueError as error:
@@ -937,7 +1200,9 @@ def wider_dtype(device, dtype):
     if torch.device(device).type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return None
     able = torch.cpu.get_capabilities()
-    native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # bf16: as ARM calls it
+    native = any(
+        able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")
+    )  # bf16: as ARM calls it
     return None if native and dtype == torch.bfloat16 else torch.float32
 
 
@@ -964,7 +1229,12 @@ def save_weights(named, raw_config, folder, dtype, shard_bytes=5_000_000_000):
     folder.mkdir(parents=True, exist_ok=True)
 
     def flush():
-        parts.append((folder / f"shard-{len(parts)}.partial", {name: tensor.nbytes for name, tensor in shard.items()}))
+        parts.append(
+            (
+                folder / f"shard-{len(parts)}.partial",
+                {name: tensor.nbytes for name, tensor in shard.items()},
+            )
+        )
         save_file(shard, parts[-1][0], metadata={"format": "pt"})
         shard.clear()
 
@@ -974,13 +1244,20 @@ def save_weights(named, raw_config, folder, dtype, shard_bytes=5_000_000_000):
             flush()
         shard[hub_name(name)] = stored
     flush()
-    names = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)] if len(parts) > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
+        if len(parts) > 1
+        else ["model.safetensors"]
+    )
     for (part, _), name in zip(parts, names):
         part.replace(folder / name)
     if len(parts) > 1:
         total = sum(sum(sizes.values()) for _, sizes in parts)
         weight_map = {key: name for (_, sizes), name in zip(parts, names) for key in sizes}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     write_json(folder / "config.json", raw_config)
 
 
@@ -1013,7 +1290,9 @@ def pick_device(name):
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {chosen} is not usable here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"--device {chosen} is not usable here: {str(error).splitlines()[0]}"
+        ) from None
     return chosen
 
 
@@ -1023,7 +1302,11 @@ def free_bytes(device):
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")  # Linux: what can be had without swapping
     if meminfo.exists():
-        return 1024 * int(next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
+        return 1024 * int(
+            next(
+                line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")
+            ).split()[1]
+        )
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -55,7 +55,16 @@ from model import (
     write_json,
     write_tensors,
 )
-from vladva import E5V, ChunkedCrossEntropy, Outputs, Settings, VladVA, pick_dtype, read_adapter, similarity
+from vladva import (
+    E5V,
+    ChunkedCrossEntropy,
+    Outputs,
+    Settings,
+    VladVA,
+    pick_dtype,
+    read_adapter,
+    similarity,
+)
 
 
 @dataclass(frozen=True)
@@ -68,29 +77,47 @@ class TrainConfig:
     out: str | None = None  # folder; None: runs/<name of the model>
     steps: int = 140  # ours: what fits 3 minutes on 2 cores
     contrast: str = "short"  # captions that Eq. 1 takes; "long" is what Sec. 3.2.2 warns of
-    batch: int | None = None  # pairs a step, over all devices; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
-    micro_batch: int | None = None  # pairs that run together, padded to one length, the gradient being the same; None: 16, or fewer if those fit
-    grad_cache: bool | None = None  # run each micro-batch twice, so that only one holds activations; None: with --micro-batch, or if not all fit
-    lr: float | None = None  # peak, of LoRA; None: 2e-4 at a decoder width of 4096 (LLaVA-1.5's LoRA recipe), inversely with the width
+    batch: int | None = (
+        None  # pairs a step, over all devices; None: 64, or all rows if there are fewer. Second-hand notes on the paper: 1024
+    )
+    micro_batch: int | None = (
+        None  # pairs that run together, padded to one length, the gradient being the same; None: 16, or fewer if those fit
+    )
+    grad_cache: bool | None = (
+        None  # run each micro-batch twice, so that only one holds activations; None: with --micro-batch, or if not all fit
+    )
+    lr: float | None = (
+        None  # peak, of LoRA; None: 2e-4 at a decoder width of 4096 (LLaVA-1.5's LoRA recipe), inversely with the width
+    )
     soft_prompt_lr: float | None = None  # peak; None: 4 x lr (ours)
     temperature_lr: float | None = None  # peak, of log tau when it is learned; None: lr (ours)
     warmup: float = 0.05  # share of the steps, linear; then cosine to 0 (cosine: second-hand)
     weight_decay: float = 0.0  # of LoRA; ours
     clip: float = 1.0  # largest gradient norm; ours
     seed: int = 0  # of adapter weights, data order and training scenes
-    dtype: str | None = None  # of frozen weights, what is trained stays float32; None: bfloat16 on cuda, on the cpu float32 if it fits well
+    dtype: str | None = (
+        None  # of frozen weights, what is trained stays float32; None: bfloat16 on cuda, on the cpu float32 if it fits well
+    )
     device: str | None = None  # None: cuda when there is one
-    checkpointing: bool | None = None  # recompute each decoder block in the backward pass: less memory, about a third more time; None: on cuda
+    checkpointing: bool | None = (
+        None  # recompute each decoder block in the backward pass: less memory, about a third more time; None: on cuda
+    )
     compile: bool = False  # torch.compile every decoder block
-    workers: int | None = None  # processes that read and preprocess batches ahead; None: 0 on the cpu, up to 8 on cuda
+    workers: int | None = (
+        None  # processes that read and preprocess batches ahead; None: 0 on the cpu, up to 8 on cuda
+    )
     on_bad_data: str = "error"  # or "skip": leave bad rows out and list them in OUT/bad_rows.txt
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints that are kept
     scenes: int = 20000  # training scenes to draw from
     eval_seed: int = benchmarks.TEST_SEED  # of the held-out scenes
-    eval_gallery: int = 1000  # held-out scenes in the retrieval gallery; 0: nothing is measured before and after
+    eval_gallery: int = (
+        1000  # held-out scenes in the retrieval gallery; 0: nothing is measured before and after
+    )
     eval_items: int = 500  # held-out items a category
-    holdout: int | None = None  # rows of a pairs file kept out of training, for retrieval; None: a tenth, at most 1000
+    holdout: int | None = (
+        None  # rows of a pairs file kept out of training, for retrieval; None: a tenth, at most 1000
+    )
 
 
 BUCKET = 16  # pairs of similar length in a micro-batch: enough to keep a device busy (on 2 cores, 20 % faster than 64 padded to one length)
@@ -129,19 +156,34 @@ def adapt(model, rows, config, out):
     done = load_checkpoint(out, model, optimizer)
     rate = matmul_rate(model.lvlm.device, model.lvlm.compute_dtype)
     stop, bad, cut = StopSignals(), BadRows(out, config, len(rows)), 0
-    with stop, Metrics(out / "metrics.jsonl", done) as metrics, tqdm(total=config.steps, initial=done, desc="adapting", disable=hidden_bar()) as bar:
+    with (
+        stop,
+        Metrics(out / "metrics.jsonl", done) as metrics,
+        tqdm(total=config.steps, initial=done, desc="adapting", disable=hidden_bar()) as bar,
+    ):
         start = time.perf_counter()
         for step, drawn in enumerate(loader(model, rows, config, done + 1), start=done + 1):
             bad.count(drawn.bad)
             cut += drawn.cut
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, config)
-            measured = {name: value.item() for name, value in optimisation_step(model, drawn.parts, optimizer, config).items()}
+            measured = {
+                name: value.item()
+                for name, value in optimisation_step(model, drawn.parts, optimizer, config).items()
+            }
             now = time.perf_counter()
             if not math.isfinite(measured["loss"] + measured["grad_norm"]):
                 raise not_finite(step, measured, drawn.where, out)
             flops = sum(step_flops(model, drawn.parts, config))
-            metrics.write(step, measured, optimizer.param_groups[0]["lr"], now - start, drawn.parts, flops / rate, peak_bytes(model.lvlm.device))
+            metrics.write(
+                step,
+                measured,
+                optimizer.param_groups[0]["lr"],
+                now - start,
+                drawn.parts,
+                flops / rate,
+                peak_bytes(model.lvlm.device),
+            )
             start = now
             bar.set_postfix(loss=f"{measured['loss']:.3f}")
             bar.update()
@@ -149,11 +191,15 @@ def adapt(model, rows, config, out):
             if (step % config.save_every == 0 or stopped) and step < config.steps:
                 save_checkpoint(out, step, model, optimizer, config.keep)
             if stopped and step < config.steps:
-                say(f"stopped by a signal after step {step} of {config.steps}; go on with: python train.py --out {out} --resume")
+                say(
+                    f"stopped by a signal after step {step} of {config.steps}; go on with: python train.py --out {out} --resume"
+                )
                 raise SystemExit(130)
     cut = int(sum_over_ranks(torch.tensor(cut, device=model.lvlm.device)))
     if cut:
-        say(f"{cut} of the captions drawn had over {' or '.join(f'{r[-1]} tokens ({s})' for s, r in data.LIMITS.items())} and were cut")
+        say(
+            f"{cut} of the captions drawn had over {' or '.join(f'{r[-1]} tokens ({s})' for s, r in data.LIMITS.items())} and were cut"
+        )
 
 
 def optimisation_step(model, parts, optimizer, config):
@@ -162,7 +208,12 @@ def optimisation_step(model, parts, optimizer, config):
     contrastive, next_token = backward(model, parts, config.grad_cache)
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in model.trained()], config.clip)
     optimizer.step()
-    return {"loss": model.overall_loss(contrastive, next_token), "contrastive": contrastive, "next_token": next_token, "grad_norm": norm}
+    return {
+        "loss": model.overall_loss(contrastive, next_token),
+        "contrastive": contrastive,
+        "next_token": next_token,
+        "grad_norm": norm,
+    }
 
 
 def backward(model, parts, grad_cache):
@@ -173,20 +224,35 @@ def backward(model, parts, grad_cache):
     only one of them has its graph in memory at a time (gradient caching, Gao et al., 2021, arXiv 2101.06983).
     """
     device = model.lvlm.device
-    with torch.set_grad_enabled(not grad_cache):  # 1. embed all parts, without a graph if they are to be run again
-        first = [model.outputs((part.prompts() if grad_cache else part).to(device)) for part in parts]
+    with torch.set_grad_enabled(
+        not grad_cache
+    ):  # 1. embed all parts, without a graph if they are to be run again
+        first = [
+            model.outputs((part.prompts() if grad_cache else part).to(device)) for part in parts
+        ]
     contrastive, grads = contrastive_gradients(model, first)  # 2. Eq. 1
     tokens = total_tokens(parts, device)
     if not (contrastive.requires_grad or (tokens and model.settings.next_token_weight)):
-        raise ValueError("a batch has nothing to learn from: it needs 2 short captions, a triple, or a long one with --next-token-weight above 0")
+        raise ValueError(
+            "a batch has nothing to learn from: it needs 2 short captions, a triple, or a long one with --next-token-weight above 0"
+        )
     next_token = torch.zeros_like(contrastive.detach())
-    for part, out in zip(parts, first):  # 3. each part with its graph: that gradient goes back together with Eq. 2's
+    for part, out in zip(
+        parts, first
+    ):  # 3. each part with its graph: that gradient goes back together with Eq. 2's
         out = model.outputs(part.to(device)) if grad_cache else out
-        _, share = model.losses(dataclasses.replace(out, image_emb=out.image_emb[:0], triple_emb=out.triple_emb[:0]), part.targets.to(device), tokens)
+        _, share = model.losses(
+            dataclasses.replace(out, image_emb=out.image_emb[:0], triple_emb=out.triple_emb[:0]),
+            part.targets.to(device),
+            tokens,
+        )
         pull = 0.0
         for name in EMBEDDINGS:
             own = getattr(out, name)
-            pull, grads[name] = pull + (own * grads[name][: len(own)]).sum(), grads[name][len(own) :]
+            pull, grads[name] = (
+                pull + (own * grads[name][: len(own)]).sum(),
+                grads[name][len(own) :],
+            )
         model.overall_loss(pull, share).backward()
         next_token = next_token + share.detach()
     sum_gradients(model)
@@ -198,11 +264,17 @@ EMBEDDINGS = ("image_emb", "text_emb", "triple_emb")  # of Outputs, in its order
 
 def contrastive_gradients(model, outputs):
     """(loss, {embedding: its gradient}): the contrastive term on all embeddings of all processes, and what it asks of those of this one."""
-    emb = {name: torch.cat([getattr(out, name).detach() for out in outputs]).requires_grad_() for name in EMBEDDINGS}
+    emb = {
+        name: torch.cat([getattr(out, name).detach() for out in outputs]).requires_grad_()
+        for name in EMBEDDINGS
+    }
     loss, _ = model.losses(Outputs(*map(with_other_ranks, emb.values()), None), ())
     if loss.requires_grad:
         loss.backward()
-    return loss, {name: torch.zeros_like(every) if every.grad is None else every.grad for name, every in emb.items()}
+    return loss, {
+        name: torch.zeros_like(every) if every.grad is None else every.grad
+        for name, every in emb.items()
+    }
 
 
 def with_other_ranks(emb):
@@ -223,7 +295,11 @@ def sum_gradients(model):
     if count == 1:
         return
     for name, p in model.trained():
-        p.grad = torch.zeros_like(p) if p.grad is None or (name == "log_temperature" and rank) else p.grad
+        p.grad = (
+            torch.zeros_like(p)
+            if p.grad is None or (name == "log_temperature" and rank)
+            else p.grad
+        )
     flat = sum_over_ranks(torch.cat([p.grad.flatten() for _, p in model.trained()]))
     for (_, p), piece in zip(model.trained(), flat.split([p.numel() for _, p in model.trained()])):
         p.grad.copy_(piece.view_as(p))
@@ -235,9 +311,20 @@ def make_optimizer(model, config):
     soft = [p for name, p in trained.items() if name.startswith("soft_prompts.")]
     adapters = [p for name, p in trained.items() if "lora_" in name]
     rest = [p for name, p in trained.items() if name == "log_temperature"]
-    groups = [(adapters, config.lr, config.weight_decay), (soft, config.soft_prompt_lr, 0.0), (rest, config.temperature_lr, 0.0)]
+    groups = [
+        (adapters, config.lr, config.weight_decay),
+        (soft, config.soft_prompt_lr, 0.0),
+        (rest, config.temperature_lr, 0.0),
+    ]
     fused = model.lvlm.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW([{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in groups if params], fused=fused)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": lr, "weight_decay": decay}
+            for params, lr, decay in groups
+            if params
+        ],
+        fused=fused,
+    )
 
 
 def schedule(step, config):
@@ -292,12 +379,17 @@ class Steps:
     def indices(self, step):
         """Row numbers of the whole batch of a step counted from 1, and its epoch."""
         epoch, place = divmod(step - 1, max(1, len(self.rows) // self.config.batch))
-        return self.order(epoch)[place * self.config.batch : (place + 1) * self.config.batch].tolist(), epoch
+        return self.order(epoch)[
+            place * self.config.batch : (place + 1) * self.config.batch
+        ].tolist(), epoch
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one object a run
     def order(self, epoch):
         groups = -(-len(self.rows) // self.rows.together)
-        firsts = np.random.default_rng([self.config.seed, epoch]).permutation(groups) * self.rows.together
+        firsts = (
+            np.random.default_rng([self.config.seed, epoch]).permutation(groups)
+            * self.rows.together
+        )
         every = (firsts[:, None] + np.arange(self.rows.together)).reshape(-1)
         return every[every < len(self.rows)]
 
@@ -305,18 +397,32 @@ class Steps:
         (rank, count), (indices, epoch), usable, bad = ranks(), self.indices(step), [], []
         for index in indices[rank::count]:
             try:
-                usable.append(self.told(self.rows.row(index, random.Random(f"caption {self.config.seed} {epoch} {index}"))))
+                usable.append(
+                    self.told(
+                        self.rows.row(
+                            index, random.Random(f"caption {self.config.seed} {epoch} {index}")
+                        )
+                    )
+                )
             except data.BadRow as error:
                 bad.append(str(error))
         usable.sort(key=lambda row: len(row["long"] or ""))
         size = self.config.micro_batch or len(usable) or 1
-        parts = [self.model.training_batch(usable[start : start + size]) for start in range(0, len(usable), size)]
-        return Drawn(parts, [row["where"] for row in usable], bad, sum(row.get("cut", 0) for row in usable))
+        parts = [
+            self.model.training_batch(usable[start : start + size])
+            for start in range(0, len(usable), size)
+        ]
+        return Drawn(
+            parts, [row["where"] for row in usable], bad, sum(row.get("cut", 0) for row in usable)
+        )
 
     def told(self, row):
         """The row with the captions that the losses take: no long one for a next-token loss of weight 0."""
         contrasted = row["long"] if self.config.contrast == "long" else row["short"]
-        return row | {"short": contrasted, "long": row["long"] if self.model.settings.next_token_weight else None}
+        return row | {
+            "short": contrasted,
+            "long": row["long"] if self.model.settings.next_token_weight else None,
+        }
 
 
 def loader(model, rows, config, first):
@@ -324,7 +430,12 @@ def loader(model, rows, config, first):
     ahead = {"multiprocessing_context": "fork", "prefetch_factor": 2} if config.workers else {}
     steps = Steps(model, rows, config)
     return DataLoader(
-        steps, batch_size=None, sampler=range(first, config.steps + 1), num_workers=config.workers or 0, collate_fn=lambda x: x, **ahead
+        steps,
+        batch_size=None,
+        sampler=range(first, config.steps + 1),
+        num_workers=config.workers or 0,
+        collate_fn=lambda x: x,
+        **ahead,
     )
 
 
@@ -337,7 +448,12 @@ class BadRows:
     """Rows that turn out bad while training: an error at the first, or left out and listed in OUT/bad_rows.txt, up to 1 % of all."""
 
     def __init__(self, out, config, rows):
-        self.path, self.policy, self.allowed, self.found = out / "bad_rows.txt", config.on_bad_data, allowed_bad(rows), 0
+        self.path, self.policy, self.allowed, self.found = (
+            out / "bad_rows.txt",
+            config.on_bad_data,
+            allowed_bad(rows),
+            0,
+        )
 
     def count(self, messages):
         if messages and self.policy == "error":
@@ -346,7 +462,9 @@ class BadRows:
         if messages:
             write_lines(self.path, messages, "a")
         if self.found > self.allowed:
-            raise ValueError(f"{self.found} bad rows, more than 1 % of the data: look at {self.path}")
+            raise ValueError(
+                f"{self.found} bad rows, more than 1 % of the data: look at {self.path}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ nothing lost
@@ -356,7 +474,13 @@ class StopSignals:
     """Inside the context SIGTERM and SIGINT are noted instead of ending the process, so that the step in hand is finished and saved."""
 
     def __enter__(self):
-        self.noted, self.before = False, {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.noted, self.before = (
+            False,
+            {
+                number: signal.signal(number, self.note)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            },
+        )
 
     def note(self, number, frame):
         self.noted = True
@@ -367,7 +491,11 @@ class StopSignals:
 
     def asked(self, device):
         """Was any process asked to stop?"""
-        return self.noted if ranks()[1] == 1 else bool(sum_over_ranks(torch.tensor(int(self.noted), device=device)))
+        return (
+            self.noted
+            if ranks()[1] == 1
+            else bool(sum_over_ranks(torch.tensor(int(self.noted), device=device)))
+        )
 
 
 class Metrics:
@@ -419,8 +547,14 @@ def save_checkpoint(out, step, model, optimizer, keep):
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        last = f"the last whole one is {checkpoints(out)[-1]}" if checkpoints(out) else "there is no earlier one"
-        raise ValueError(f"the checkpoint of step {step} could not be saved, {last}: {error}") from None
+        last = (
+            f"the last whole one is {checkpoints(out)[-1]}"
+            if checkpoints(out)
+            else "there is no earlier one"
+        )
+        raise ValueError(
+            f"the checkpoint of step {step} could not be saved, {last}: {error}"
+        ) from None
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
@@ -428,7 +562,9 @@ def save_checkpoint(out, step, model, optimizer, keep):
 def optimizer_state(model, optimizer):
     """AdamW's moments and step counts by parameter name, as tensors on the host."""
     return {
-        f"{name}.{kind}": value.detach().to("cpu").contiguous() for name, p in model.trained() for kind, value in optimizer.state.get(p, {}).items()
+        f"{name}.{kind}": value.detach().to("cpu").contiguous()
+        for name, p in model.trained()
+        for kind, value in optimizer.state.get(p, {}).items()
     }
 
 
@@ -442,14 +578,22 @@ def load_checkpoint(out, model, optimizer):
     for key in shard.keys():
         name, kind = key.rsplit(".", 1)
         value = shard.get_tensor(key)
-        optimizer.state[trained[name]][kind] = value if kind == "step" and not optimizer.defaults["fused"] else value.to(trained[name].device)
+        optimizer.state[trained[name]][kind] = (
+            value
+            if kind == "step" and not optimizer.defaults["fused"]
+            else value.to(trained[name].device)
+        )
     return int(found[-1].name.removeprefix("step-"))
 
 
 def not_finite(step, measured, where, out):
     """The error of a run whose loss or gradient is not finite any more."""
     write_lines(out / "not_finite.txt", where)
-    last = f"the last checkpoint is {checkpoints(out)[-1]}" if checkpoints(out) else "there is no checkpoint"
+    last = (
+        f"the last checkpoint is {checkpoints(out)[-1]}"
+        if checkpoints(out)
+        else "there is no checkpoint"
+    )
     rows = f"{', '.join(where[:8])}{' ...' if len(where) > 8 else ''} (all {len(where)} in {out / 'not_finite.txt'})"
     return ValueError(
         f"step {step}: loss {measured['loss']} or gradient norm {measured['grad_norm']} is not finite; rows {rows}; {last}: "
@@ -468,15 +612,22 @@ class HeldOutScenes:
 
     def __init__(self, config):
         self.config = config
-        self.benchmark = config.eval_gallery and benchmarks.scene_benchmark(config.eval_seed, config.eval_gallery, config.eval_items)
+        self.benchmark = config.eval_gallery and benchmarks.scene_benchmark(
+            config.eval_seed, config.eval_gallery, config.eval_items
+        )
 
     def measure(self, model):
         if not self.benchmark:
             return None
         image_emb, text_emb = benchmarks.embed(model, self.benchmark)
         gallery = self.benchmark.gallery
-        captioned = benchmarks.captioned_scenes(self.config.eval_seed, min(LONG_CAPTIONS, gallery), model.lvlm.config.vision.image_size)
-        told = {"image_mode": model.image_processor.mode, "long_captions": benchmarks.caption_loss(model, captioned)}
+        captioned = benchmarks.captioned_scenes(
+            self.config.eval_seed, min(LONG_CAPTIONS, gallery), model.lvlm.config.vision.image_size
+        )
+        told = {
+            "image_mode": model.image_processor.mode,
+            "long_captions": benchmarks.caption_loss(model, captioned),
+        }
         results = benchmarks.score(self.benchmark, image_emb, text_emb) | told
         return Measured(results, similarity(image_emb[:gallery], text_emb[:gallery]))
 
@@ -497,17 +648,32 @@ class HeldOutRows:
         if len(self.rows) < 2:
             return None
         shown, said = [row["image"] for row in self.rows], [row["short"][0] for row in self.rows]
-        emb = encode_over_ranks(model.encode_image, shown), encode_over_ranks(model.encode_text, said)
+        emb = (
+            encode_over_ranks(model.encode_image, shown),
+            encode_over_ranks(model.encode_text, said),
+        )
         image_emb, text_emb = (each.cpu() for each in emb)
-        captioned = [(row["image"], row["long"]) for row in self.rows if row["long"]][:LONG_CAPTIONS]
+        captioned = [(row["image"], row["long"]) for row in self.rows if row["long"]][
+            :LONG_CAPTIONS
+        ]
         told = {"long_captions": benchmarks.caption_loss(model, captioned)} if captioned else {}
-        results = {"task": "held-out rows", "gallery": len(self.rows), "image_mode": model.image_processor.mode} | told
+        results = {
+            "task": "held-out rows",
+            "gallery": len(self.rows),
+            "image_mode": model.image_processor.mode,
+        } | told
         return Measured(
-            results | {"retrieval": benchmarks.recall_at(image_emb, text_emb, torch.arange(len(self.rows)))}, similarity(image_emb, text_emb)
+            results
+            | {
+                "retrieval": benchmarks.recall_at(image_emb, text_emb, torch.arange(len(self.rows)))
+            },
+            similarity(image_emb, text_emb),
         )
 
     def picture(self, index, size):
-        return data.pad_to_square(data.open_image(self.rows[index]["image"]), (255, 255, 255)).resize((size, size))
+        return data.pad_to_square(
+            data.open_image(self.rows[index]["image"]), (255, 255, 255)
+        ).resize((size, size))
 
     def caption(self, index):
         return self.rows[index]["short"][0]
@@ -525,19 +691,31 @@ def open_data(config, model):
     """(rows to train on, what is held out) for rendered scenes or a pairs file."""
     if config.data == "scenes":
         size = model.lvlm.config.vision.image_size
-        say(f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)")
+        say(
+            f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)"
+        )
         return data.Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
     pairs = data.Pairs(config.data, model.tokenizer, config.on_bad_data)
     if len(pairs.bad) > allowed_bad(len(pairs) + len(pairs.bad)):
-        raise ValueError(f"{config.data}: {len(pairs.bad)} bad rows beside {len(pairs)} good ones, more than 1 %; first: {pairs.bad[0]}")
+        raise ValueError(
+            f"{config.data}: {len(pairs.bad)} bad rows beside {len(pairs)} good ones, more than 1 %; first: {pairs.bad[0]}"
+        )
     if pairs.bad:
-        say(f"{len(pairs.bad)} bad rows of {config.data} left out:\n  " + "\n  ".join(pairs.bad[:20]) + ("\n  ..." if len(pairs.bad) > 20 else ""))
+        say(
+            f"{len(pairs.bad)} bad rows of {config.data} left out:\n  "
+            + "\n  ".join(pairs.bad[:20])
+            + ("\n  ..." if len(pairs.bad) > 20 else "")
+        )
     count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
     if count > len(pairs) - 2:
-        raise ValueError(f"--holdout {count} leaves fewer than 2 of the {len(pairs)} rows to train on")
+        raise ValueError(
+            f"--holdout {count} leaves fewer than 2 of the {len(pairs)} rows to train on"
+        )
     chosen = pairs.held_out(count)
     if len(chosen) < 2:
-        say(f"nothing held out of {len(pairs)} rows: no table before and after (--holdout N keeps N rows out)")
+        say(
+            f"nothing held out of {len(pairs)} rows: no table before and after (--holdout N keeps N rows out)"
+        )
     return pairs, HeldOutRows(chosen)
 
 
@@ -549,7 +727,11 @@ def with_triples(rows, config, model):
         raise ValueError(
             f"--loss {model.settings.loss} beside --data {config.data}: name your texts too, --text-data FILE.csv (sent0, sent1, hard_neg)"
         )
-    triples = data.SceneTriples(config.seed, config.scenes) if config.text_data == "scenes" else data.Triples(config.text_data, model.tokenizer)
+    triples = (
+        data.SceneTriples(config.seed, config.scenes)
+        if config.text_data == "scenes"
+        else data.Triples(config.text_data, model.tokenizer)
+    )
     return triples if model.settings.loss == "text-text" else data.Joined(rows, triples)
 
 
@@ -558,16 +740,23 @@ def resolve(config, model, rows):
     batch = config.batch if config.batch is not None else min(64, len(rows))
     lr = config.lr if config.lr is not None else 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size
     if not max(2, ranks()[1]) <= batch <= len(rows):
-        raise ValueError(f"--batch {batch}: wanted {max(2, ranks()[1])} to {len(rows)}, the rows there are to train on")
+        raise ValueError(
+            f"--batch {batch}: wanted {max(2, ranks()[1])} to {len(rows)}, the rows there are to train on"
+        )
     for name, low in (("steps", 1), ("scenes", 2), ("eval_gallery", 2 * (config.eval_gallery != 0)), ("eval_items", 1),
                       ("micro_batch", 1), ("workers", 0), ("save_every", 1), ("keep", 1)):  # fmt: skip
         if getattr(config, name) is not None and getattr(config, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(config, name)}: at least {low} is needed"
+            )
     if config.contrast not in ("short", "long"):
         raise ValueError(f"--contrast is {config.contrast!r}: short or long")
     cuda = model.lvlm.device.type == "cuda"
     checkpointing = cuda if config.checkpointing is None else config.checkpointing
-    share, fitting = -(-batch // ranks()[1]), config.micro_batch or fitting_micro_batch(model, checkpointing)
+    share, fitting = (
+        -(-batch // ranks()[1]),
+        config.micro_batch or fitting_micro_batch(model, checkpointing),
+    )
     return dataclasses.replace(
         config,
         dtype=str(model.lvlm.dtype).removeprefix("torch."),
@@ -591,7 +780,9 @@ def fitting_micro_batch(model, checkpointing):
     longest = {side: limits[-1] for side, limits in data.LIMITS.items()}
     tokens = len(model.image_sequence(grid=model.image_processor.largest).ids) + longest["long"]
     tokens += texts * (len(model.text_sequence("a").ids) + longest["short"])
-    row = activation_bytes(model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize)
+    row = activation_bytes(
+        model.lvlm.config.decoder, tokens, checkpointing, model.lvlm.compute_dtype.itemsize
+    )
     return max(1, int(0.6 * free_bytes(model.lvlm.device) / row))
 
 
@@ -609,13 +800,21 @@ def activation_bytes(decoder, tokens, checkpointing, itemsize):
 def start_run(config, settings, rows, resume):
     """Make OUT and write its config.json, and the bad rows found so far; refuse a folder that holds another run, unless it goes on."""
     out = Path(config.out)
-    if not resume and any((out / name).exists() for name in ("config.json", "adapter.safetensors", "metrics.jsonl")):
-        raise ValueError(f"{out} holds another run: go on with --resume, choose another --out, or delete it first")
+    if not resume and any(
+        (out / name).exists() for name in ("config.json", "adapter.safetensors", "metrics.jsonl")
+    ):
+        raise ValueError(
+            f"{out} holds another run: go on with --resume, choose another --out, or delete it first"
+        )
     wait_for_ranks()  # all have looked before the first one writes
     try:
         if ranks()[0] == 0 and not resume:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "config.json", dataclasses.asdict(config) | {"settings": dataclasses.asdict(settings), "torch": torch.__version__})
+            write_json(
+                out / "config.json",
+                dataclasses.asdict(config)
+                | {"settings": dataclasses.asdict(settings), "torch": torch.__version__},
+            )
             if getattr(rows, "bad", []):
                 write_lines(out / "bad_rows.txt", rows.bad)
     except OSError as error:
@@ -629,10 +828,17 @@ def stored_run(given):
     stored = read_json(out / "config.json")
     settings = stored.pop("settings")
     known = {**stored, **settings, "out": str(out)}
-    other = [f"{name} was {known[name]!r}, not {value!r}" for name, value in given.items() if name not in FREE_ON_RESUME and known[name] != value]
+    other = [
+        f"{name} was {known[name]!r}, not {value!r}"
+        for name, value in given.items()
+        if name not in FREE_ON_RESUME and known[name] != value
+    ]
     if other:
         raise ValueError(f"{out} cannot go on with other settings: {'; '.join(other)}")
-    fields = {f.name: known[f.name] for f in dataclasses.fields(TrainConfig)} | {"device": None, "workers": None}
+    fields = {f.name: known[f.name] for f in dataclasses.fields(TrainConfig)} | {
+        "device": None,
+        "workers": None,
+    }
     free = {name: given[name] for name in FREE_ON_RESUME if name in given}
     return TrainConfig(**fields | free), Settings(**settings)
 
@@ -641,8 +847,15 @@ def announce(config, settings, model, rows):
     """Say what is about to run: the counts, and the resolved config."""
     trained = sum(p.numel() for _, p in model.trained())
     every = sum(p.numel() for p in model.parameters())
-    say(f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows to train on")
-    say("  ".join(f"{name}={value!r}" for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()))
+    say(
+        f"{config.model}: {trained:,} parameters trained + {every - trained:,} frozen = {every:,}; {len(rows):,} rows to train on"
+    )
+    say(
+        "  ".join(
+            f"{name}={value!r}"
+            for name, value in (dataclasses.asdict(config) | dataclasses.asdict(settings)).items()
+        )
+    )
 
 
 def token_count(parts):
@@ -667,12 +880,17 @@ def step_flops(model, parts, config):
     weights cost nothing, because there are none. Behind its attention the last block runs for the states that are used only.
     """
     lvlm, decoder, products, attention = model.lvlm, model.lvlm.config.decoder, 0, 0
-    frozen, factors = [0, 0], [0, 0]  # numbers that every token meets, and only the states that are used
+    frozen, factors = (
+        [0, 0],
+        [0, 0],
+    )  # numbers that every token meets, and only the states that are used
     late = tuple(f"{decoder.num_hidden_layers - 1}.{name}" for name in ("self_attn.o_proj", "mlp"))
     for name, p in lvlm.decoder.layers.named_parameters():
         if "proj." in name and p.ndim == 2:
             (factors if "lora_" in name else frozen)[name.startswith(late)] += p.numel()
-    seen = lvlm.vision.patches_per_token * sum(p.numel() for p in lvlm.vision.run_weights()) + sum(p.numel() for p in lvlm.projector.parameters())
+    seen = lvlm.vision.patches_per_token * sum(p.numel() for p in lvlm.vision.run_weights()) + sum(
+        p.numel() for p in lvlm.projector.parameters()
+    )
     for part in parts:
         whole, first = part.batches, part.prompts().batches
         forwards = whole * (1 + config.checkpointing) + first * config.grad_cache
@@ -680,10 +898,20 @@ def step_flops(model, parts, config):
             for tokens, w, ab in zip((batch.ids.numel(), len(batch.states)), frozen, factors):
                 products += tokens * (2 * w + low_rank * ab)
             attention += (
-                causal * batch.ids.numel() * batch.ids.shape[1] * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width
+                causal
+                * batch.ids.numel()
+                * batch.ids.shape[1]
+                * decoder.num_hidden_layers
+                * decoder.num_attention_heads
+                * decoder.head_width
             )
         products += 4 * len(part.targets) * decoder.vocab_size * decoder.hidden_size
-        products += (1 + config.grad_cache) * 2 * seen * (part.images.image_places.shape[1] if part.images else 0)
+        products += (
+            (1 + config.grad_cache)
+            * 2
+            * seen
+            * (part.images.image_places.shape[1] if part.images else 0)
+        )
     return products, attention
 
 
@@ -695,12 +923,18 @@ def step_bytes(model, parts, config):
     cannot use.
     """
     decoder, itemsize = model.lvlm.config.decoder, model.lvlm.compute_dtype.itemsize
-    each = [activation_bytes(decoder, token_count([part]), config.checkpointing, itemsize) for part in parts]
+    each = [
+        activation_bytes(decoder, token_count([part]), config.checkpointing, itemsize)
+        for part in parts
+    ]
     return {
         "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         "adapter": 4 * sum(p.nbytes for _, p in model.trained()),
         "activations": max(each) if config.grad_cache else sum(each),
-        "logits": 2 * 4 * decoder.vocab_size * min(ChunkedCrossEntropy.CHUNK, max(len(part.targets) for part in parts)),
+        "logits": 2
+        * 4
+        * decoder.vocab_size
+        * min(ChunkedCrossEntropy.CHUNK, max(len(part.targets) for part in parts)),
     }
 
 
@@ -734,13 +968,22 @@ def report(out, held_out, before, after):
         print(benchmarks.score_table(scores))
         if "long_captions" in before.results:
             first, last = (each.results["long_captions"] for each in (before, after))
-            print(f"held-out long captions: {first['loss']:.3f} nats a token before, {last['loss']:.3f} after ({first['tokens']:,} tokens)")
+            print(
+                f"held-out long captions: {first['loss']:.3f} nats a token before, {last['loss']:.3f} after ({first['tokens']:,} tokens)"
+            )
     draw_report(held_out, before, after, metrics).save(out / "report.png")
-    print(f"written: {out}/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png")
+    print(
+        f"written: {out}/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png"
+    )
     return scores
 
 
-QUERIES, SHOWN, THUMB, INK = 6, 5, 72, (40, 40, 40)  # of the picture: captions, pictures a caption, pixels a picture, colour of text
+QUERIES, SHOWN, THUMB, INK = (
+    6,
+    5,
+    72,
+    (40, 40, 40),
+)  # of the picture: captions, pictures a caption, pixels a picture, colour of text
 
 
 def draw_report(held_out, before, after, metrics):
@@ -750,20 +993,37 @@ def draw_report(held_out, before, after, metrics):
     row, half = THUMB + 34, SHOWN * (THUMB + 8) + 24
     page = Image.new("RGB", (2 * half + 16, 48 + queries * row + 190), "white")
     pen = ImageDraw.Draw(page)
-    for x, title, measured in ((16, "before: the untouched LVLM", before), (16 + half, "after: VladVA", after)) if before else ():
+    for x, title, measured in (
+        ((16, "before: the untouched LVLM", before), (16 + half, "after: VladVA", after))
+        if before
+        else ()
+    ):
         pen.text((x, 10), title, INK, font)
         for q in range(queries):
             y = 40 + q * row
-            pen.text((x, y), textwrap.shorten(held_out.caption(q), 66, placeholder=" ..."), INK, small)
+            pen.text(
+                (x, y), textwrap.shorten(held_out.caption(q), 66, placeholder=" ..."), INK, small
+            )
             best = measured.sim[:, q].topk(min(SHOWN, len(measured.sim))).indices.tolist()
             for n, index in enumerate(best):
                 left, top = x + n * (THUMB + 8), y + 18
                 if index == q:
-                    pen.rectangle((left - 4, top - 4, left + THUMB + 3, top + THUMB + 3), fill=(30, 160, 60))
+                    pen.rectangle(
+                        (left - 4, top - 4, left + THUMB + 3, top + THUMB + 3), fill=(30, 160, 60)
+                    )
                 page.paste(held_out.picture(index, THUMB), (left, top))
     y = 56 + queries * row
-    for x, name, title in ((56, "contrastive", "contrastive loss (nats, Eq. 1)"), (56 + half, "next_token", "next-token loss (nats a token, Eq. 2)")):
-        draw_curve(pen, (x, y + 24, x + half - 90, y + 150), [m[name] for m in metrics], title, (font, small))
+    for x, name, title in (
+        (56, "contrastive", "contrastive loss (nats, Eq. 1)"),
+        (56 + half, "next_token", "next-token loss (nats a token, Eq. 2)"),
+    ):
+        draw_curve(
+            pen,
+            (x, y + 24, x + half - 90, y + 150),
+            [m[name] for m in metrics],
+            title,
+            (font, small),
+        )
     return page
 
 
@@ -806,7 +1066,13 @@ def draw_curve(pen, box, values, title, fonts):
         y = bottom - (bottom - top) * level / high
         pen.text((left - 6, y), f"{level:.3g}", INK, fonts[1], anchor="rm")
         pen.line((left - 3, y, left, y), fill=INK)
-    points = [(left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * value / high) for i, value in enumerate(values)]
+    points = [
+        (
+            left + (right - left) * i / max(1, len(values) - 1),
+            bottom - (bottom - top) * value / high,
+        )
+        for i, value in enumerate(values)
+    ]
     pen.line(points if len(points) > 1 else points * 2, fill=(200, 60, 40), width=2)
     pen.text((left, bottom + 6), "step 1", INK, fonts[1])
     pen.text((right, bottom + 6), f"step {len(values)}", INK, fonts[1], anchor="ra")
@@ -839,16 +1105,31 @@ def ablation(config, settings, seeds, jobs, resume):
         (row, seed): (dataclasses.replace(config, **ours, seed=seed, out=str(out / f"{number}-seed-{seed}")), dataclasses.replace(settings, **theirs))
         for number, (row, (ours, theirs)) in enumerate(ABLATION.items(), start=1) for seed in range(config.seed, config.seed + seeds)
     }  # fmt: skip
-    if (config.eval_gallery if config.data == "scenes" else config.holdout) in (0, 1) or settings.loss != "vladva":
-        raise ValueError("--ablation compares the parts of --loss vladva on what is held out: give --eval-gallery or --holdout a number above 1")
+    if (config.eval_gallery if config.data == "scenes" else config.holdout) in (
+        0,
+        1,
+    ) or settings.loss != "vladva":
+        raise ValueError(
+            "--ablation compares the parts of --loss vladva on what is held out: give --eval-gallery or --holdout a number above 1"
+        )
     if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds another ablation: go on with --resume, choose another --out, or delete it first")
+        raise ValueError(
+            f"{out} holds another ablation: go on with --resume, choose another --out, or delete it first"
+        )
     scores = dict(zip(planned, run_all(list(planned.values()), jobs)))
     if not all(scores.values()):
-        raise ValueError(f"{config.data} is too small to hold rows out, so there is nothing to compare: give --holdout a number above 1")
+        raise ValueError(
+            f"{config.data} is too small to hold rows out, so there is nothing to compare: give --holdout a number above 1"
+        )
     table = {UNTOUCHED: ablated([scores[key]["before"] for key in planned][:1])}
-    table |= {row: ablated([scores[row, seed]["after"] for r, seed in planned if r == row]) for row in ABLATION}
-    write_json(out / "ablation.json", {"steps": config.steps, "seeds": seeds, "eval_seed": config.eval_seed, "rows": table})
+    table |= {
+        row: ablated([scores[row, seed]["after"] for r, seed in planned if r == row])
+        for row in ABLATION
+    }
+    write_json(
+        out / "ablation.json",
+        {"steps": config.steps, "seeds": seeds, "eval_seed": config.eval_seed, "rows": table},
+    )
     (out / "ablation.md").write_text(ablation_table(table), encoding="utf-8")
     print(f"{ablation_table(table)}\nwritten: {out}/ablation.json, ablation.md")
     curves = {row: read_metrics(planned[row, config.seed][0].out) for row in ABLATION}
@@ -875,11 +1156,17 @@ def run_one(config, settings):
     begun, done = (out / "config.json").exists(), (out / "scores.json").exists()
     if begun:
         given = dataclasses.asdict(config) | dataclasses.asdict(settings)
-        config, settings = stored_run({name: value for name, value in given.items() if value is not None})
+        config, settings = stored_run(
+            {name: value for name, value in given.items() if value is not None}
+        )
     if done:
         return read_json(out / "scores.json")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(out / "log.txt", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         return train(config, settings, resume=begun)
 
 
@@ -889,7 +1176,11 @@ def ablated(results):
     def value(result, path):
         return functools.reduce(lambda inside, key: inside.get(key, {}), path, result)
 
-    return {name: [value(r, path) for r in results] for name, (path, _) in ABLATED.items() if all(value(r, path) != {} for r in results)}
+    return {
+        name: [value(r, path) for r in results]
+        for name, (path, _) in ABLATED.items()
+        if all(value(r, path) != {} for r in results)
+    }
 
 
 def ablation_table(table):
@@ -898,10 +1189,14 @@ def ablation_table(table):
 
     def cell(values, form):
         mean = f"{sum(values) / len(values):{form}}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+        return (
+            mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+        )
 
     lines = [["", *columns], ["---"] * (1 + len(columns))]
-    lines += [[row, *(cell(values[c], ABLATED[c][1]) for c in columns)] for row, values in table.items()]
+    lines += [
+        [row, *(cell(values[c], ABLATED[c][1]) for c in columns)] for row, values in table.items()
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -909,17 +1204,32 @@ def draw_ablation(plt, table, curves):
     """Bars a column with every run as a dot, and the contrastive loss of the first seed's runs."""
     columns, colours = list(table[UNTOUCHED]), [f"C{n}" for n in range(len(table))]
     half = -(-len(columns) // 2)
-    rows = [[*columns[:half], "curves"], [*columns[half:], *["."] * (2 * half - len(columns)), "curves"]]
-    figure, axes = plt.subplot_mosaic(rows, figsize=(9.5, 4.4), width_ratios=[1] * half + [1.5], layout="constrained")
+    rows = [
+        [*columns[:half], "curves"],
+        [*columns[half:], *["."] * (2 * half - len(columns)), "curves"],
+    ]
+    figure, axes = plt.subplot_mosaic(
+        rows, figsize=(9.5, 4.4), width_ratios=[1] * half + [1.5], layout="constrained"
+    )
     for column in columns:
         for place, (row, values) in enumerate(table.items()):
-            axes[column].bar(place, sum(values[column]) / len(values[column]), color=colours[place], alpha=0.6, label=row)
+            axes[column].bar(
+                place,
+                sum(values[column]) / len(values[column]),
+                color=colours[place],
+                alpha=0.6,
+                label=row,
+            )
             axes[column].plot([place] * len(values[column]), values[column], "k.", markersize=3)
         axes[column].set(title=column, ylabel="nats" if "nats" in column else "percent", xticks=[])
     for colour, metrics in zip(colours[1:], curves.values()):
-        axes["curves"].plot([m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour)
+        axes["curves"].plot(
+            [m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour
+        )
     axes["curves"].set(title="contrastive loss, first seed (nats)", xlabel="step", ylim=(0, None))
-    figure.legend(*axes[columns[0]].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(
+        *axes[columns[0]].get_legend_handles_labels(), loc="outside lower center", ncols=3
+    )
     return figure
 
 
@@ -929,32 +1239,64 @@ def draw_ablation(plt, table, curves):
 def add_fields(parser, cls):
     """One flag a field of a config dataclass, defaults and all."""
     for f in dataclasses.fields(cls):
-        flag, kind = f"--{f.name.replace('_', '-')}", str(f.type).removeprefix("<class '").removesuffix("'>").removesuffix(" | None")
+        flag, kind = (
+            f"--{f.name.replace('_', '-')}",
+            str(f.type).removeprefix("<class '").removesuffix("'>").removesuffix(" | None"),
+        )
         if kind == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
+            )
         else:
-            parser.add_argument(flag, type={"int": int, "float": float, "str": str}[kind], help=f"(default: {f.default})")
+            parser.add_argument(
+                flag,
+                type={"int": int, "float": float, "str": str}[kind],
+                help=f"(default: {f.default})",
+            )
 
 
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Adapt an LVLM into an embedding model (VladVA).", argument_default=argparse.SUPPRESS
+        prog="train.py",
+        description="Adapt an LVLM into an embedding model (VladVA).",
+        argument_default=argparse.SUPPRESS,
     )
     add_fields(parser, TrainConfig)
     add_fields(parser, Settings)
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in OUT, from its last checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        default=False,
+        help="go on with the run in OUT, from its last checkpoint",
+    )
     parser.add_argument("--plot", metavar="OUT", default=None, help="only draw the curves of a run")
-    parser.add_argument("--ablation", action="store_true", default=False, help="train every row of the paper's Table 4 and compare")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a row of --ablation (default: 3)")
-    parser.add_argument("--jobs", type=int, default=None, help="runs of --ablation at a time (default: one a core on the cpu, at most 4)")
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        default=False,
+        help="train every row of the paper's Table 4 and compare",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs a row of --ablation (default: 3)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=None,
+        help="runs of --ablation at a time (default: one a core on the cpu, at most 4)",
+    )
     given = vars(parser.parse_args(argv))
-    resume, drawn, ablate, seeds, jobs = (given.pop(name) for name in ("resume", "plot", "ablation", "seeds", "jobs"))
+    resume, drawn, ablate, seeds, jobs = (
+        given.pop(name) for name in ("resume", "plot", "ablation", "seeds", "jobs")
+    )
     if drawn:
         return plot(drawn)
     if ablate:
         if "LOCAL_RANK" in os.environ or seeds < 1:
-            raise ValueError(f"--ablation --seeds {seeds}: wanted 1 seed or more, and no torchrun, which is for a single run")
+            raise ValueError(
+                f"--ablation --seeds {seeds}: wanted 1 seed or more, and no torchrun, which is for a single run"
+            )
         return ablation(*picked(given), seeds, jobs or default_jobs(given.get("device")), resume)
     if given.get("loss") == "text-text" and not resume:
         given = E5V | given
@@ -964,7 +1306,10 @@ def main(argv=None):
 
 def picked(given):
     """(TrainConfig, Settings) with the flags that were given."""
-    return tuple(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in (TrainConfig, Settings))
+    return tuple(
+        cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
+        for cls in (TrainConfig, Settings)
+    )
 
 
 def default_jobs(device):

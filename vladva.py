@@ -46,7 +46,9 @@ class Settings:
     loss: str = "vladva"  # or "text-text" (E5-V's, on texts alone), or "vladva+text-text" (their sum: the paper's future work)
     image_prompt: str = "Summarize the provided image in one word:"  # paper Sec. 5.1
     text_prompt: str = "Summarize the provided text in one word:"  # paper Sec. 5.1
-    image_template: str = "USER: {prompt} <image>\nASSISTANT:"  # paper Sec. 3.2.3; <image> stands for N image tokens
+    image_template: str = (
+        "USER: {prompt} <image>\nASSISTANT:"  # paper Sec. 3.2.3; <image> stands for N image tokens
+    )
     text_template: str = "USER: {prompt} {caption}\nASSISTANT:"  # paper Sec. 3.2.3
     detail_prompt: str = "Describe the image in detail."  # paper Sec. 3.2.3
     soft_prompts: bool = True  # paper Sec. 3.3
@@ -56,20 +58,31 @@ class Settings:
     temperature: float = 0.05  # ours: Eq. 1 prints none; E5-V uses .05
     learn_temperature: bool = False  # ours; clamped to [.01, 1]
     next_token_weight: float = 1.0  # ours: the paper's text reads as a plain sum
-    image_mode: str = "crop"  # ours: "crop" as llava-hf's processor does, "pad" as the original LLaVA
-    min_pixels: int | None = None  # of a picture, for Qwen2-VL; None: as the model's folder says (the paper states no pixel budget)
+    image_mode: str = (
+        "crop"  # ours: "crop" as llava-hf's processor does, "pad" as the original LLaVA
+    )
+    min_pixels: int | None = (
+        None  # of a picture, for Qwen2-VL; None: as the model's folder says (the paper states no pixel budget)
+    )
     max_pixels: int | None = None
 
     def __post_init__(self):
         if self.loss not in ("vladva", "text-text", "vladva+text-text"):
             raise ValueError(f"loss is {self.loss!r}: vladva, text-text or vladva+text-text")
-        for name, parts in (("image_template", ("{prompt}", "<image>")), ("text_template", ("{prompt}", "{caption}"))):
+        for name, parts in (
+            ("image_template", ("{prompt}", "<image>")),
+            ("text_template", ("{prompt}", "{caption}")),
+        ):
             if any(getattr(self, name).count(part) != 1 for part in parts):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: wanted {' and '.join(parts)} in it, once each")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: wanted {' and '.join(parts)} in it, once each"
+                )
         if not 0.01 <= self.temperature <= 1:
             raise ValueError(f"temperature is {self.temperature}: wanted .01 to 1")
         if self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank}: at least 1 is needed (--no-lora trains without adapters)")
+            raise ValueError(
+                f"LoRA rank is {self.rank}: at least 1 is needed (--no-lora trains without adapters)"
+            )
         if self.next_token_weight < 0:
             raise ValueError(f"next-token weight is {self.next_token_weight}: 0 or more is needed")
         if not (self.lora or self.soft_prompts):
@@ -81,7 +94,9 @@ E5V = {"image_prompt": "Summary above image in one word:", "text_prompt": "Summa
        "image_template": "USER: <image>\n{prompt} ASSISTANT:", "text_template": "USER: {caption}\n{prompt} ASSISTANT:",
        "soft_prompts": False}  # fmt: skip
 DETAIL_TEMPLATE = " USER: {prompt}\nASSISTANT:"  # then a blank, the long caption and </s>
-GENERATE_TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
+GENERATE_TEMPLATE = (
+    "USER: <image>\n{prompt} ASSISTANT:"  # LLaVA-1.5's own, for answers rather than embeddings
+)
 
 
 def summary_embedding(hidden):
@@ -112,7 +127,9 @@ def cumulative_variance(emb):
         raise ValueError(f"cumulative variance of {len(emb)} embedding: at least 2 are needed")
     variance = torch.linalg.svdvals((emb - emb.mean(0)).double()).square()
     if variance.sum() == 0:
-        raise ValueError("cumulative variance of embeddings that are all equal: there is no variance to share out")
+        raise ValueError(
+            "cumulative variance of embeddings that are all equal: there is no variance to share out"
+        )
     return (variance.cumsum(0) / variance.sum()).to(emb.dtype)
 
 
@@ -136,7 +153,9 @@ def rank_correlation(x, y, permutations=10_000, seed=0):
         return F.normalize(ranks - ranks.mean(), dim=0)
 
     x, y, generator = centred(x), centred(y), torch.Generator().manual_seed(seed)
-    shuffled = torch.stack([y[torch.randperm(len(y), generator=generator)] for _ in range(permutations)])  # (permutations, n)
+    shuffled = torch.stack(
+        [y[torch.randperm(len(y), generator=generator)] for _ in range(permutations)]
+    )  # (permutations, n)
     rho = (x @ y).item()
     return rho, (1 + int(((shuffled @ x).abs() >= abs(rho) - 1e-9).sum())) / (1 + permutations)
 
@@ -169,7 +188,9 @@ def contrastive_loss(image_emb, text_emb, temperature):
     unequal shapes or B < 2.
     """
     if image_emb.shape != text_emb.shape or len(image_emb) < 2:
-        raise ValueError(f"contrastive loss wants two equal (B, D) with B >= 2, got {tuple(image_emb.shape)} and {tuple(text_emb.shape)}")
+        raise ValueError(
+            f"contrastive loss wants two equal (B, D) with B >= 2, got {tuple(image_emb.shape)} and {tuple(text_emb.shape)}"
+        )
     sim = similarity(image_emb, text_emb) / temperature  # (B, B)
     pairs = torch.arange(len(sim), device=sim.device)
     return F.cross_entropy(sim, pairs) + F.cross_entropy(sim.T, pairs)
@@ -210,14 +231,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, targets, head_weight):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss, head = torch.zeros((), dtype=wide, device=hidden.device), head_weight.to(hidden.dtype)
-        hidden_grad, head_grad = (torch.zeros_like(x) if needed else None for x, needed in zip((hidden, head_weight), ctx.needs_input_grad[::2]))
+        hidden_grad, head_grad = (
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip((hidden, head_weight), ctx.needs_input_grad[::2])
+        )
         for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
             rows = slice(start, start + ChunkedCrossEntropy.CHUNK)
-            log_p, target = F.linear(hidden[rows], head).to(wide).log_softmax(-1), targets[rows, None]  # (chunk, V), (chunk, 1)
+            log_p, target = (
+                F.linear(hidden[rows], head).to(wide).log_softmax(-1),
+                targets[rows, None],
+            )  # (chunk, V), (chunk, 1)
             loss -= log_p.gather(1, target).sum()
             if hidden_grad is None and head_grad is None:
                 continue
-            logit_grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=wide)).to(hidden.dtype)
+            logit_grad = (
+                log_p.exp_()
+                .scatter_add_(1, target, -torch.ones_like(target, dtype=wide))
+                .to(hidden.dtype)
+            )
             if hidden_grad is not None:
                 hidden_grad[rows] = logit_grad @ head
             if head_grad is not None:  # pre-training only: adaptation leaves the head frozen
@@ -227,7 +258,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        hidden_grad, head_grad = (None if grad is None else (grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors)
+        hidden_grad, head_grad = (
+            None if grad is None else (grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors
+        )
         return hidden_grad, None, head_grad
 
 
@@ -253,42 +286,65 @@ class Batch:
     prompt_slots: torch.Tensor  # (B,)
     summary: torch.Tensor  # (B,)
     image_places: torch.Tensor  # (2, n) row and slot of every image token, in order
-    loss_index: torch.Tensor  # (M,) flat index b * T + t of every state that predicts a long-caption token
+    loss_index: (
+        torch.Tensor
+    )  # (M,) flat index b * T + t of every state that predicts a long-caption token
     targets: torch.Tensor  # (M,) those tokens
     prompt_width: int  # tokens up to the last summary token
     axes: torch.Tensor | None = None  # (3, B, T) rotary positions, when they are not 0 .. T - 1
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+        return Batch(
+            **{
+                name: value.to(device) if torch.is_tensor(value) else value
+                for name, value in moved.items()
+            }
+        )
 
     @property
     def states(self):
         """(B + M,) flat index b * T + t of the states that are used: those of the summary tokens, then those that predict a caption token."""
         count, width = self.ids.shape
-        return torch.cat([torch.arange(count, device=self.ids.device) * width + self.summary, self.loss_index])
+        return torch.cat(
+            [torch.arange(count, device=self.ids.device) * width + self.summary, self.loss_index]
+        )
 
     def prompts(self):
         """The same sequences cut after their summary tokens: all that the embeddings depend on."""
         width, axes = self.prompt_width, self.axes
         cut = {"ids": self.ids[:, :width], "axes": None if axes is None else axes[..., :width]}
-        return dataclasses.replace(self, **cut, loss_index=self.loss_index[:0], targets=self.targets[:0])
+        return dataclasses.replace(
+            self, **cut, loss_index=self.loss_index[:0], targets=self.targets[:0]
+        )
 
 
 def collate(sequences, pad_id):
     """Sequences -> Batch. Padding stands right of the last real token, where causal attention never lets it be seen."""
     width = max(len(s.ids) for s in sequences)
     columns = [(s.image_slot or 0) + torch.arange(s.image_tokens) for s in sequences]
-    predicting = [(b, t - 1) for b, s in enumerate(sequences) if s.loss_start for t in range(s.loss_start, len(s.ids))]
+    predicting = [
+        (b, t - 1)
+        for b, s in enumerate(sequences)
+        if s.loss_start
+        for t in range(s.loss_start, len(s.ids))
+    ]
     return Batch(
         ids=torch.tensor([s.ids + [pad_id] * (width - len(s.ids)) for s in sequences]),
         prompt_slots=torch.tensor([s.prompt_slot for s in sequences]),
         summary=torch.tensor([s.summary for s in sequences]),
-        image_places=torch.stack([torch.repeat_interleave(torch.tensor([s.image_tokens for s in sequences])), torch.cat(columns)]),
+        image_places=torch.stack(
+            [
+                torch.repeat_interleave(torch.tensor([s.image_tokens for s in sequences])),
+                torch.cat(columns),
+            ]
+        ),
         loss_index=torch.tensor([b * width + t for b, t in predicting], dtype=torch.long),
         targets=torch.tensor([sequences[b].ids[t + 1] for b, t in predicting], dtype=torch.long),
         prompt_width=max(s.summary for s in sequences) + 1,
-        axes=None if sequences[0].axes is None else torch.stack([F.pad(s.axes, (0, width - len(s.ids))) for s in sequences], dim=1),
+        axes=None
+        if sequences[0].axes is None
+        else torch.stack([F.pad(s.axes, (0, width - len(s.ids))) for s in sequences], dim=1),
     )
 
 
@@ -296,7 +352,9 @@ def collate(sequences, pad_id):
 class TrainingBatch:
     """Rows, tokenised: every picture with its long caption if it has one, every short caption with the row of its picture, triples of texts."""
 
-    pixels: torch.Tensor | None  # of B pictures, as the image processor stacks them: (B, 3, height, width) in LLaVA
+    pixels: (
+        torch.Tensor | None
+    )  # of B pictures, as the image processor stacks them: (B, 3, height, width) in LLaVA
     images: Batch | None  # B rows
     texts: Batch | None  # as many rows as there are short captions
     with_short: torch.Tensor  # row in `images` of each row of `texts`
@@ -314,7 +372,9 @@ class TrainingBatch:
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TrainingBatch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
+        return TrainingBatch(
+            **{name: value if value is None else value.to(device) for name, value in moved.items()}
+        )
 
     def prompts(self):
         """The same rows without their long captions."""
@@ -339,10 +399,17 @@ class VladVA(nn.Module):
 
     def __init__(self, lvlm, tokenizer, image_processor, settings, name):
         super().__init__()
-        self.lvlm, self.tokenizer, self.image_processor, self.settings, self.name = lvlm, tokenizer, image_processor, settings, name
+        self.lvlm, self.tokenizer, self.image_processor, self.settings, self.name = (
+            lvlm,
+            tokenizer,
+            image_processor,
+            settings,
+            name,
+        )
         self.soft_prompts = nn.ParameterDict()
         self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(settings.temperature), device=lvlm.device), requires_grad=settings.learn_temperature
+            torch.tensor(math.log(settings.temperature), device=lvlm.device),
+            requires_grad=settings.learn_temperature,
         )
         self.adapted = False
 
@@ -357,11 +424,21 @@ class VladVA(nn.Module):
         tower = data.tower_folder(folder)
         state, stored = read_adapter(adapter) if adapter else ({}, settings or Settings())
         if adapter and settings and settings != stored:
-            raise ValueError(f"{adapter} was trained with other settings than those asked for: {stored}")
+            raise ValueError(
+                f"{adapter} was trained with other settings than those asked for: {stored}"
+            )
         config = lvlm_module.read_config(folder, tower)
         tokenizer = data.Tokenizer(folder, config)
-        image_processor = data.image_processor(folder, config, stored.image_mode, tower, (stored.min_pixels, stored.max_pixels))
-        model = cls(lvlm_module.load_lvlm(folder, device, dtype, tower), tokenizer, image_processor, stored, str(name))
+        image_processor = data.image_processor(
+            folder, config, stored.image_mode, tower, (stored.min_pixels, stored.max_pixels)
+        )
+        model = cls(
+            lvlm_module.load_lvlm(folder, device, dtype, tower),
+            tokenizer,
+            image_processor,
+            stored,
+            str(name),
+        )
         if adapter:
             model.attach()
             model.load_adapter_state(state, adapter)
@@ -370,8 +447,12 @@ class VladVA(nn.Module):
     def with_prompts(self, image_prompt, text_prompt):
         """The same untouched LVLM under other hand prompts; the weights are shared."""
         if self.adapted:
-            raise ValueError("other hand prompts for an adapted model: its soft prompts have replaced them; take the untouched model")
-        settings = dataclasses.replace(self.settings, image_prompt=image_prompt, text_prompt=text_prompt)
+            raise ValueError(
+                "other hand prompts for an adapted model: its soft prompts have replaced them; take the untouched model"
+            )
+        settings = dataclasses.replace(
+            self.settings, image_prompt=image_prompt, text_prompt=text_prompt
+        )
         return VladVA(self.lvlm, self.tokenizer, self.image_processor, settings, self.name)
 
     # -------------------------------------------------------------------------------------------------- Sec. 3.3: adaptation
@@ -384,8 +465,13 @@ class VladVA(nn.Module):
         if self.settings.lora:
             lora.attach(self.lvlm.decoder, self.settings.rank, self.settings.alpha)
         if self.settings.soft_prompts:
-            for modality, sequence in (("image", self.image_sequence()), ("text", self.text_sequence("a"))):
-                span = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
+            for modality, sequence in (
+                ("image", self.image_sequence()),
+                ("text", self.text_sequence("a")),
+            ):
+                span = sequence.ids[
+                    sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length
+                ]
                 hand_prompt = self.lvlm.embed(torch.tensor(span, device=self.lvlm.device))  # (P, D)
                 self.soft_prompts[modality] = nn.Parameter(hand_prompt.detach().clone().float())
         self.adapted = True
@@ -418,20 +504,39 @@ class VladVA(nn.Module):
         encoding = self.tokenizer.encode(head + more)
         ids, offsets = [*encoding.ids, *end], encoding.offsets
         first_char = len(template[: template.index("{prompt}")].format(caption=caption))
-        inside = [t for t, (a, b) in enumerate(offsets) if a < first_char + len(prompt) and b > first_char]
+        inside = [
+            t for t, (a, b) in enumerate(offsets) if a < first_char + len(prompt) and b > first_char
+        ]
         summary = max(t for t, (a, b) in enumerate(offsets) if a < b <= len(head))
-        picture, count, axes = [t for t, token in enumerate(ids) if token == self.tokenizer.image_id], 0, None
+        picture, count, axes = (
+            [t for t, token in enumerate(ids) if token == self.tokenizer.image_id],
+            0,
+            None,
+        )
         if picture:  # one image token becomes N
             grid = grid or self.lvlm.config.grid()
             count = math.prod(grid)
-            ids = ids[: picture[0]] + [self.tokenizer.placeholder_id] * count + ids[picture[0] + 1 :]
+            ids = (
+                ids[: picture[0]] + [self.tokenizer.placeholder_id] * count + ids[picture[0] + 1 :]
+            )
             axes = self.lvlm.config.positions(ids, grid)
         shift = lambda t: t + count - 1 if picture and t > picture[0] else t
         limit = self.lvlm.config.decoder.max_position_embeddings
         if len(ids) > limit:
-            raise ValueError(f"{len(ids)} tokens, but the model has {limit} positions: shorten {(caption or more)[:60]!r}...")
+            raise ValueError(
+                f"{len(ids)} tokens, but the model has {limit} positions: shorten {(caption or more)[:60]!r}..."
+            )
         loss_start = shift(summary) + 1 if more else None
-        return Sequence(ids, shift(inside[0]), len(inside), shift(summary), picture[0] if picture else None, loss_start, count, axes)
+        return Sequence(
+            ids,
+            shift(inside[0]),
+            len(inside),
+            shift(summary),
+            picture[0] if picture else None,
+            loss_start,
+            count,
+            axes,
+        )
 
     def detail_turn(self, long=None):
         """The turn that asks for the long caption, with it or up to it."""
@@ -441,7 +546,12 @@ class VladVA(nn.Module):
     @property
     def templates(self):
         """{modality: (template, hand prompt)}."""
-        return {modality: tuple(getattr(self.settings, f"{modality}_{part}") for part in ("template", "prompt")) for modality in ("image", "text")}
+        return {
+            modality: tuple(
+                getattr(self.settings, f"{modality}_{part}") for part in ("template", "prompt")
+            )
+            for modality in ("image", "text")
+        }
 
     def image_sequence(self, long=None, grid=None):
         """Template for the image modality; with a long caption, the second turn that Eq. 2 is computed on follows the summary token."""
@@ -450,8 +560,12 @@ class VladVA(nn.Module):
             return alone
         asked = self.sequence(*self.templates["image"], more=self.detail_turn(), grid=grid)
         told = self.detail_turn(self.tokenizer.checked(long))
-        whole = self.sequence(*self.templates["image"], more=told, end=[self.tokenizer.eos_id], grid=grid)
-        assert whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(alone.ids)] == alone.ids, "a long caption changed the tokens before it"
+        whole = self.sequence(
+            *self.templates["image"], more=told, end=[self.tokenizer.eos_id], grid=grid
+        )
+        assert (
+            whole.ids[: len(asked.ids)] == asked.ids and asked.ids[: len(alone.ids)] == alone.ids
+        ), "a long caption changed the tokens before it"
         return dataclasses.replace(whole, loss_start=len(asked.ids))
 
     def text_sequence(self, caption):
@@ -467,14 +581,22 @@ class VladVA(nn.Module):
         """Rows ({"image": PIL picture or None, "short": str or None, "long": str or None, "triple": 3 texts if any}) -> TrainingBatch on the host."""
         pictured = [row for row in rows if row["image"] is not None]
         with_short = [i for i, row in enumerate(pictured) if row["short"]]
-        together = lambda sequences: collate(sequences, self.tokenizer.pad_id) if sequences else None
-        pixels, grids = self.prepared([row["image"] for row in pictured]) if pictured else (None, ())
+        together = lambda sequences: (
+            collate(sequences, self.tokenizer.pad_id) if sequences else None
+        )
+        pixels, grids = (
+            self.prepared([row["image"] for row in pictured]) if pictured else (None, ())
+        )
         return TrainingBatch(
             pixels=pixels,
-            images=together([self.image_sequence(row["long"], grid) for row, grid in zip(pictured, grids)]),
+            images=together(
+                [self.image_sequence(row["long"], grid) for row, grid in zip(pictured, grids)]
+            ),
             texts=together([self.text_sequence(pictured[i]["short"]) for i in with_short]),
             with_short=torch.tensor(with_short, dtype=torch.long),
-            triples=together([self.text_sequence(text) for row in rows for text in row.get("triple", ())]),
+            triples=together(
+                [self.text_sequence(text) for row in rows for text in row.get("triple", ())]
+            ),
         )
 
     # -------------------------------------------------------------------------------------------------- forward
@@ -492,7 +614,9 @@ class VladVA(nn.Module):
 
     def states(self, batch, modality, pixels=None, depth=None):
         """(B + M, D), hidden states of a Batch: those of the summary tokens, then those that predict a caption token. depth: as the decoder's."""
-        return self.lvlm.decoder(self.embeds(batch, modality, pixels), rows=batch.states, depth=depth, axes=batch.axes)
+        return self.lvlm.decoder(
+            self.embeds(batch, modality, pixels), rows=batch.states, depth=depth, axes=batch.axes
+        )
 
     def outputs(self, batch):
         """Outputs of a TrainingBatch from one forward of its image sequences and one of its texts.
@@ -504,12 +628,17 @@ class VladVA(nn.Module):
         image_emb, text_emb, triple_emb, caption_states = nothing, nothing, nothing, nothing
         if batch.images:
             hidden = self.states(batch.images, "image", batch.pixels)  # (B + M, D)
-            image_emb, caption_states = summary_embedding(hidden[: len(batch.pixels)])[batch.with_short], hidden[len(batch.pixels) :]
+            image_emb, caption_states = (
+                summary_embedding(hidden[: len(batch.pixels)])[batch.with_short],
+                hidden[len(batch.pixels) :],
+            )
         if batch.texts:
             text_emb = summary_embedding(self.states(batch.texts, "text"))
         if batch.triples:
             triple_emb = summary_embedding(self.states(batch.triples, "text"))
-        return Outputs(image_emb, text_emb, triple_emb.unflatten(0, (len(triple_emb) // 3, 3)), caption_states)
+        return Outputs(
+            image_emb, text_emb, triple_emb.unflatten(0, (len(triple_emb) // 3, 3)), caption_states
+        )
 
     def losses(self, outputs, targets, total=None):
         """(contrastive, next-token): Eq. 1, and E5-V's loss if there are triples, and Eq. 2; a term that no row can feed is 0.
@@ -522,7 +651,9 @@ class VladVA(nn.Module):
         if len(outputs.triple_emb):
             contrastive = contrastive + text_text_loss(outputs.triple_emb, self.temperature)
         if len(targets) and self.settings.next_token_weight:
-            next_token = next_token_loss(outputs.caption_states, targets, self.lvlm.head.weight, total)
+            next_token = next_token_loss(
+                outputs.caption_states, targets, self.lvlm.head.weight, total
+            )
         return contrastive, next_token
 
     def forward(self, batch):
@@ -552,18 +683,26 @@ class VladVA(nn.Module):
         def batch_of(items):
             try:
                 pixels, grids = self.prepared([read(item) for item in items])
-                return pixels, collate([self.image_sequence(grid=grid) for grid in grids], self.tokenizer.pad_id)
+                return pixels, collate(
+                    [self.image_sequence(grid=grid) for grid in grids], self.tokenizer.pad_id
+                )
             except ValueError as error:  # a broken picture; raised below, where it is not buried in a worker's traceback
                 return error
 
         ahead = {"multiprocessing_context": "fork"} if workers else {}
         loader = DataLoader(images, batch_size, collate_fn=batch_of, num_workers=workers, **ahead)
-        for read_ahead in tqdm(loader, desc="encoding pictures", leave=False, disable=None if len(loader) > 1 else True):
+        for read_ahead in tqdm(
+            loader, desc="encoding pictures", leave=False, disable=None if len(loader) > 1 else True
+        ):
             if isinstance(read_ahead, ValueError):
                 raise read_ahead
             pixels, batch = (part.to(self.lvlm.device) for part in read_ahead)
             parts.append(self.states(batch, "image", pixels, depth))
-        return torch.cat(parts) if parts else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+        return (
+            torch.cat(parts)
+            if parts
+            else torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+        )
 
     @torch.no_grad()
     def text_states(self, texts, batch_size=128, depth=None):
@@ -572,20 +711,35 @@ class VladVA(nn.Module):
         Batches hold similar lengths, and the tokens that all texts begin with (the template's) go through the decoder once.
         """
         if isinstance(texts, str):
-            raise ValueError("encode_text wants a list of strings, got one string: put it in a list")
+            raise ValueError(
+                "encode_text wants a list of strings, got one string: put it in a list"
+            )
         sequences = [self.text_sequence(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(sequences[i].ids))
-        out, prefix = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=self.lvlm.device), None
+        out, prefix = (
+            torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=self.lvlm.device),
+            None,
+        )
         shared = len(os.path.commonprefix([s.ids[: s.summary] for s in sequences]))
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="encoding texts", leave=False, disable=None if len(starts) > 1 else True):
+        for start in tqdm(
+            starts, desc="encoding texts", leave=False, disable=None if len(starts) > 1 else True
+        ):
             chosen = order[start : start + batch_size]
-            batch = collate([sequences[i] for i in chosen], self.tokenizer.pad_id).to(self.lvlm.device)
+            batch = collate([sequences[i] for i in chosen], self.tokenizer.pad_id).to(
+                self.lvlm.device
+            )
             embeds, width = self.embeds(batch, "text"), batch.ids.shape[1]
             prefix = prefix or lvlm_module.Prefix(self.lvlm.decoder, embeds[:1, :shared])
-            rows = torch.arange(len(chosen), device=self.lvlm.device) * (width - shared) + batch.summary - shared
+            rows = (
+                torch.arange(len(chosen), device=self.lvlm.device) * (width - shared)
+                + batch.summary
+                - shared
+            )
             positions = torch.arange(shared, width, device=self.lvlm.device)[None]
-            out[chosen] = self.lvlm.decoder(embeds[:, shared:], prefix, positions, rows, depth).to(out.dtype)
+            out[chosen] = self.lvlm.decoder(embeds[:, shared:], prefix, positions, rows, depth).to(
+                out.dtype
+            )
         return out
 
     @torch.no_grad()
@@ -595,23 +749,45 @@ class VladVA(nn.Module):
         Each (N,) sums to what the head gives to the picture; the rest of its 1 goes to the other tokens.
         """
         pixels, (grid,) = self.prepared([data.open_image(image)])
-        batch = collate([self.image_sequence(grid=grid)], self.tokenizer.pad_id).to(self.lvlm.device)
-        maps = self.lvlm.decoder.attention_maps(self.embeds(batch, "image", pixels.to(self.lvlm.device)), batch.axes)
-        return torch.stack([weights[0, :, batch.summary[0]][:, batch.image_places[1]] for weights in maps])
+        batch = collate([self.image_sequence(grid=grid)], self.tokenizer.pad_id).to(
+            self.lvlm.device
+        )
+        maps = self.lvlm.decoder.attention_maps(
+            self.embeds(batch, "image", pixels.to(self.lvlm.device)), batch.axes
+        )
+        return torch.stack(
+            [weights[0, :, batch.summary[0]][:, batch.image_places[1]] for weights in maps]
+        )
 
     @torch.no_grad()
     def generate_batch(self, images, prompts, max_new_tokens=128, sampling=lvlm_module.GREEDY):
         """Answers to one prompt per picture, in the model's own template; adapters as they are (`adapter_disabled()` for the original)."""
         pixels, grids = self.prepared([data.open_image(image) for image in images])
-        sequences = [self.sequence(GENERATE_TEMPLATE, self.tokenizer.checked(prompt), grid=grid) for prompt, grid in zip(prompts, grids)]
-        batch, features = collate(sequences, self.tokenizer.pad_id).to(self.lvlm.device), self.lvlm.image_features(pixels.to(self.lvlm.device))
+        sequences = [
+            self.sequence(GENERATE_TEMPLATE, self.tokenizer.checked(prompt), grid=grid)
+            for prompt, grid in zip(prompts, grids)
+        ]
+        batch, features = (
+            collate(sequences, self.tokenizer.pad_id).to(self.lvlm.device),
+            self.lvlm.image_features(pixels.to(self.lvlm.device)),
+        )
         embeds = lvlm_module.place_image(self.lvlm.embed(batch.ids), features, batch.image_places)
-        answers = lvlm_module.generate(self.lvlm, embeds, batch.summary + 1, self.tokenizer.eos_id, max_new_tokens, sampling, batch.axes)
+        answers = lvlm_module.generate(
+            self.lvlm,
+            embeds,
+            batch.summary + 1,
+            self.tokenizer.eos_id,
+            max_new_tokens,
+            sampling,
+            batch.axes,
+        )
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
     def generate(self, image, prompt, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0):
         """The answer to one prompt about one picture (PIL or path): greedy at temperature 0, otherwise sampled."""
-        return self.generate_batch([image], [prompt], max_new_tokens, lvlm_module.Sampling(temperature, top_p, seed))[0]
+        return self.generate_batch(
+            [image], [prompt], max_new_tokens, lvlm_module.Sampling(temperature, top_p, seed)
+        )[0]
 
     # -------------------------------------------------------------------------------------------------- saving
 
@@ -621,16 +797,28 @@ class VladVA(nn.Module):
 
     def adapter_state(self):
         """All that an adapter is: {"lora.<layer>.lora_a": ..., "soft_prompt.image": ..., "log_temperature": ...} in float32 on the host."""
-        state = {f"lora.{name}": tensor for name, tensor in lora.lora_state(self.lvlm.decoder).items()}
-        state |= {f"soft_prompt.{modality}": vectors for modality, vectors in self.soft_prompts.items()}
-        return {name: t.detach().to("cpu").contiguous() for name, t in {**state, "log_temperature": self.log_temperature}.items()}
+        state = {
+            f"lora.{name}": tensor for name, tensor in lora.lora_state(self.lvlm.decoder).items()
+        }
+        state |= {
+            f"soft_prompt.{modality}": vectors for modality, vectors in self.soft_prompts.items()
+        }
+        return {
+            name: t.detach().to("cpu").contiguous()
+            for name, t in {**state, "log_temperature": self.log_temperature}.items()
+        }
 
     def save_adapter(self, folder):
         """Write folder/adapter.safetensors: LoRA, soft prompts, temperature, and the settings they were trained with."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"base": self.name, "settings": dataclasses.asdict(self.settings)}  # under one key: the order of several is not fixed in the file
-        lvlm_module.write_tensors(folder / "adapter.safetensors", self.adapter_state(), {"adapter": json.dumps(about)})
+        about = {
+            "base": self.name,
+            "settings": dataclasses.asdict(self.settings),
+        }  # under one key: the order of several is not fixed in the file
+        lvlm_module.write_tensors(
+            folder / "adapter.safetensors", self.adapter_state(), {"adapter": json.dumps(about)}
+        )
 
     def save_merged(self, folder, shard_bytes=5_000_000_000):
         """Write an adapted model as a plain folder of its architecture: LoRA folded in, soft prompts as added tokens with their own embeddings.
@@ -643,31 +831,57 @@ class VladVA(nn.Module):
         if not self.adapted:
             raise ValueError("there is no adapter to merge: load one, or train one with train.py")
         if (folder / "config.json").exists():
-            raise ValueError(f"{folder} holds a model already: choose another folder, or delete it first")
-        added = {name: vector for modality in self.soft_prompts for name, vector in self.prompt_tokens(modality)}
+            raise ValueError(
+                f"{folder} holds a model already: choose another folder, or delete it first"
+            )
+        added = {
+            name: vector
+            for modality in self.soft_prompts
+            for name, vector in self.prompt_tokens(modality)
+        }
         tokenizer = self.tokenizer.with_tokens(list(added))
-        prompts = {modality: self.merged_prompt(modality, tokenizer) for modality in ("image", "text")}
+        prompts = {
+            modality: self.merged_prompt(modality, tokenizer) for modality in ("image", "text")
+        }
         ids = [tokenizer.token_to_id(name) for name in added]
-        raw = json.loads(json.dumps(self.lvlm.config.raw)) | {"torch_dtype": str(self.lvlm.dtype)[6:]}
-        raw["image_token_id" if "image_token_id" in raw else "image_token_index"] = self.tokenizer.image_id
+        raw = json.loads(json.dumps(self.lvlm.config.raw)) | {
+            "torch_dtype": str(self.lvlm.dtype)[6:]
+        }
+        raw["image_token_id" if "image_token_id" in raw else "image_token_index"] = (
+            self.tokenizer.image_id
+        )
         raw.pop("dtype", None)
-        raw["text_config"]["vocab_size"] = max(self.lvlm.config.decoder.vocab_size, self.tokenizer.image_id + 1, *(i + 1 for i in ids))
+        raw["text_config"]["vocab_size"] = max(
+            self.lvlm.config.decoder.vocab_size, self.tokenizer.image_id + 1, *(i + 1 for i in ids)
+        )
         lvlm_module.save_weights(
-            self.merged_weights(ids, list(added.values()), raw["text_config"]["vocab_size"]), raw, folder, self.lvlm.dtype, shard_bytes
+            self.merged_weights(ids, list(added.values()), raw["text_config"]["vocab_size"]),
+            raw,
+            folder,
+            self.lvlm.dtype,
+            shard_bytes,
         )
         data.copy_companions(data.model_folder(self.name), folder)
         tokenizer.save(str(folder / "tokenizer.json"))
         lvlm_module.write_json(folder / "preprocessor_config.json", self.image_processor.raw)
-        lvlm_module.write_json(folder / "vladva.json", prompts | {"image_mode": self.image_processor.mode})
+        lvlm_module.write_json(
+            folder / "vladva.json", prompts | {"image_mode": self.image_processor.mode}
+        )
 
     def merged_weights(self, ids, vectors, rows):
         """(name, tensor) of every weight with LoRA folded in; the embedding holds `vectors` at `ids`, it and the head have `rows` rows."""
-        folded = {f"decoder.{name}.weight": layer for name, layer in lora.lora_layers(self.lvlm.decoder)}
+        folded = {
+            f"decoder.{name}.weight": layer for name, layer in lora.lora_layers(self.lvlm.decoder)
+        }
         for name, p in self.lvlm.named_parameters():
             if name in ("decoder.embed_tokens.weight", "head.weight"):
                 p = torch.cat([p, p.new_zeros(rows - len(p), p.shape[1])])
                 if ids:
-                    p[ids] = torch.stack(vectors).to(p) if name.startswith("decoder") else torch.zeros_like(p[ids])
+                    p[ids] = (
+                        torch.stack(vectors).to(p)
+                        if name.startswith("decoder")
+                        else torch.zeros_like(p[ids])
+                    )
             if "lora_" not in name:
                 yield name, folded[name].folded() if name in folded else p
 
@@ -679,13 +893,24 @@ class VladVA(nn.Module):
         vectors = self.soft_prompts[modality].detach()
         if modality == "image":
             blanks = self.blanks_before_image(self.image_sequence())
-            vectors = torch.cat([vectors, self.lvlm.embed(torch.tensor(blanks, dtype=torch.long, device=vectors.device)).to(vectors)])
+            vectors = torch.cat(
+                [
+                    vectors,
+                    self.lvlm.embed(
+                        torch.tensor(blanks, dtype=torch.long, device=vectors.device)
+                    ).to(vectors),
+                ]
+            )
         return [(f"<{modality}_prompt_{i}>", vector) for i, vector in enumerate(vectors)]
 
     def blanks_before_image(self, sequence):
         """Ids between the prompt and what introduces the picture (a special token)."""
         between = sequence.ids[sequence.prompt_slot + sequence.prompt_length : sequence.image_slot]
-        return list(itertools.takewhile(lambda t: self.tokenizer.inner.id_to_token(t) not in self.tokenizer.special, between))
+        return list(
+            itertools.takewhile(
+                lambda t: self.tokenizer.inner.id_to_token(t) not in self.tokenizer.special, between
+            )
+        )
 
     def merged_prompt(self, modality, tokenizer):
         """The prompt string of a modality for a merged folder's tokenizer; ValueError unless it gives the trained prompt's ids."""
@@ -698,29 +923,54 @@ class VladVA(nn.Module):
 
         def wanted(caption):
             sequence = self.sequence(template, hand_prompt, caption)
-            before, after = sequence.ids[: sequence.prompt_slot], sequence.ids[sequence.prompt_slot + sequence.prompt_length :]
+            before, after = (
+                sequence.ids[: sequence.prompt_slot],
+                sequence.ids[sequence.prompt_slot + sequence.prompt_length :],
+            )
             if modality == "image":
-                opening = sequence.ids[sequence.prompt_slot + len(names) : sequence.image_slot]  # special tokens before the picture
-                after = [*opening, self.tokenizer.image_id, *sequence.ids[sequence.image_slot + sequence.image_tokens :]]
+                opening = sequence.ids[
+                    sequence.prompt_slot + len(names) : sequence.image_slot
+                ]  # special tokens before the picture
+                after = [
+                    *opening,
+                    self.tokenizer.image_id,
+                    *sequence.ids[sequence.image_slot + sequence.image_tokens :],
+                ]
             return before + [tokenizer.token_to_id(name) for name in names] + after
 
-        for place, blank in itertools.product((" {prompt} ", "{prompt} "), ("", " ")):  # some tokenizers put a blank before a text by themselves
+        for place, blank in itertools.product(
+            (" {prompt} ", "{prompt} "), ("", " ")
+        ):  # some tokenizers put a blank before a text by themselves
             prompt = template.replace(place, "".join(names) + blank)
-            if all(tokenizer.encode(prompt.replace("{caption}", caption)).ids == wanted(caption) for caption in captions):
+            if all(
+                tokenizer.encode(prompt.replace("{caption}", caption)).ids == wanted(caption)
+                for caption in captions
+            ):
                 return prompt
-        raise ValueError(f"this tokenizer reads {prompt!r} as other tokens than the trained prompt: it would embed differently")
+        raise ValueError(
+            f"this tokenizer reads {prompt!r} as other tokens than the trained prompt: it would embed differently"
+        )
 
     def load_adapter_state(self, state, source):
         """Copy an adapter's tensors into this model's; strict on names and shapes."""
         own = self.adapter_state()
         try:
-            lvlm_module.check_keys({name: t.shape for name, t in state.items()}, {name: t.shape for name, t in own.items()})
+            lvlm_module.check_keys(
+                {name: t.shape for name, t in state.items()},
+                {name: t.shape for name, t in own.items()},
+            )
         except ValueError as error:
-            raise ValueError(f"{source} does not fit {self.name} (was it trained on another model?): {error}") from None
+            raise ValueError(
+                f"{source} does not fit {self.name} (was it trained on another model?): {error}"
+            ) from None
         places = dict(self.named_parameters())
         with torch.no_grad():
             for name, tensor in state.items():
-                ours = name.replace("lora.", "lvlm.decoder.", 1) if name.startswith("lora.") else name.replace("soft_prompt.", "soft_prompts.", 1)
+                ours = (
+                    name.replace("lora.", "lvlm.decoder.", 1)
+                    if name.startswith("lora.")
+                    else name.replace("soft_prompt.", "soft_prompts.", 1)
+                )
                 places[ours].copy_(tensor)
 
 
@@ -728,12 +978,16 @@ def read_adapter(folder):
     """(tensors, Settings) of folder/adapter.safetensors; ValueError when there is none or it is something else."""
     path = Path(folder) / "adapter.safetensors"
     if not path.exists():
-        raise ValueError(f"{path} not found: --adapter wants the folder of a training run (python train.py --out FOLDER writes one)")
+        raise ValueError(
+            f"{path} not found: --adapter wants the folder of a training run (python train.py --out FOLDER writes one)"
+        )
     shard = lvlm_module.open_shard(path)
     about = (shard.metadata() or {}).get("adapter")
     if about is None:
         raise ValueError(f"{path} carries no settings: it was not written by this project")
-    return {name: shard.get_tensor(name) for name in shard.keys()}, Settings(**json.loads(about)["settings"])
+    return {name: shard.get_tensor(name) for name in shard.keys()}, Settings(
+        **json.loads(about)["settings"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -748,21 +1002,36 @@ def pick_dtype(name, device, model):
         raise ValueError(f"--dtype is {name!r}: one of {', '.join(DTYPES)}")
     folder = data.model_folder(model)
     with torch.device("meta"):
-        count = sum(p.numel() for p in lvlm_module.LVLM(lvlm_module.read_config(folder, data.tower_folder(folder))).parameters())
+        count = sum(
+            p.numel()
+            for p in lvlm_module.LVLM(
+                lvlm_module.read_config(folder, data.tower_folder(folder))
+            ).parameters()
+        )
     free = free_bytes(device)
     if name is None:
-        name = "float32" if torch.device(device).type == "cpu" and 4 * count < free / 2 else "bfloat16"
+        name = (
+            "float32" if torch.device(device).type == "cpu" and 4 * count < free / 2 else "bfloat16"
+        )
     needed = count * DTYPES[name].itemsize
     if needed > free:
-        hint = "try --dtype bfloat16" if name == "float32" else "a smaller model or a larger machine is needed"
-        raise ValueError(f"{model} takes {needed / 1e9:.1f} GB in {name}, but {device} has {free / 1e9:.1f} GB free: {hint}")
+        hint = (
+            "try --dtype bfloat16"
+            if name == "float32"
+            else "a smaller model or a larger machine is needed"
+        )
+        raise ValueError(
+            f"{model} takes {needed / 1e9:.1f} GB in {name}, but {device} has {free / 1e9:.1f} GB free: {hint}"
+        )
     return DTYPES[name]
 
 
 def load_model(args):
     """The model that the flags of add_model_flags ask for."""
     device = join_ranks(pick_device(args.device))
-    return VladVA.from_pretrained(args.model, args.adapter, device, pick_dtype(args.dtype, device, args.model))
+    return VladVA.from_pretrained(
+        args.model, args.adapter, device, pick_dtype(args.dtype, device, args.model)
+    )
 
 
 def is_picture(argument):
@@ -772,16 +1041,30 @@ def is_picture(argument):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="vladva.py", description="Similarity of pictures and texts.")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE|TEXT", help="picture files and texts, in any order")
+    parser = argparse.ArgumentParser(
+        prog="vladva.py", description="Similarity of pictures and texts."
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IMAGE|TEXT", help="picture files and texts, in any order"
+    )
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    images, texts = [x for x in args.inputs if is_picture(x)], [x for x in args.inputs if not is_picture(x)]
+    images, texts = (
+        [x for x in args.inputs if is_picture(x)],
+        [x for x in args.inputs if not is_picture(x)],
+    )
     if not images or not texts:
-        raise ValueError(f"{len(images)} pictures and {len(texts)} texts: at least one of each is needed")
+        raise ValueError(
+            f"{len(images)} pictures and {len(texts)} texts: at least one of each is needed"
+        )
     model = load_model(args)
     sim = similarity(model.encode_image(images), model.encode_text(texts))  # (images, texts)
-    print(format_table(["", *texts], [[image, *(f"{s:.3f}" for s in row)] for image, row in zip(images, sim.tolist())]))
+    print(
+        format_table(
+            ["", *texts],
+            [[image, *(f"{s:.3f}" for s in row)] for image, row in zip(images, sim.tolist())],
+        )
+    )
 
 
 if __name__ == "__main__":

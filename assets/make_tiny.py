@@ -24,7 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one process a core is twice as fast as one process with two threads
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: one process a core is twice as fast as one process with two threads
+)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -41,12 +43,39 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 # How a family of answers is asked for: the wordings that the method uses come often, the others teach what "in one word" means.
 VERBS = ("Summarize", "Describe", "Express", "Caption")
 NOUNS = {
-    "image": ("the provided image", "the image", "this image", "the picture", "this picture", "the scene", "what is in the image"),
-    "text": ("the provided text", "the text", "this text", "the caption", "this caption", "the sentence", "what is in the text"),
+    "image": (
+        "the provided image",
+        "the image",
+        "this image",
+        "the picture",
+        "this picture",
+        "the scene",
+        "what is in the image",
+    ),
+    "text": (
+        "the provided text",
+        "the text",
+        "this text",
+        "the caption",
+        "this caption",
+        "the sentence",
+        "what is in the text",
+    ),
 }
 MANNERS = {
-    "one": ("in one word:", "in one word.", "in a single word:", "with one word.", "using only one word:"),
-    "few": ("in a few words:", "in a few words.", "in two or three words.", "with a few key words."),
+    "one": (
+        "in one word:",
+        "in one word.",
+        "in a single word:",
+        "with one word.",
+        "using only one word:",
+    ),
+    "few": (
+        "in a few words:",
+        "in a few words.",
+        "in two or three words.",
+        "with a few key words.",
+    ),
     "brief": ("briefly.", "in one sentence.", "in a short sentence.", "in brief."),
     "detail": ("in detail.", "in full detail.", "with all details.", "at length."),
 }
@@ -58,7 +87,11 @@ OWN = {  # wordings of their own, {noun} without its article's variants
         "The {noun} in one word:",
         "Give one word about the {noun}.",
     ),
-    "few": ("What is in the {noun}?", "Name two things in the {noun}.", "Give the main objects of the {noun}."),
+    "few": (
+        "What is in the {noun}?",
+        "Name two things in the {noun}.",
+        "Give the main objects of the {noun}.",
+    ),
     "brief": (
         "Describe the {noun}.",
         "Provide a brief description of the {noun}.",
@@ -73,7 +106,10 @@ OWN = {  # wordings of their own, {noun} without its article's variants
         "Provide a long and detailed description of the {noun}.",
         "Tell me everything about the {noun}.",
     ),
-    "list": ("List the objects of the {noun} and their places.", "Where are the objects of the {noun}?"),
+    "list": (
+        "List the objects of the {noun} and their places.",
+        "Where are the objects of the {noun}?",
+    ),
     "colour": ("List the colors of the {noun} and their places.",),
     "shape": ("List the shapes of the {noun} and their places.",),
 }
@@ -92,12 +128,20 @@ def ask_for(family, modality, rng):
 def vocabulary_words():
     """Every word and mark that captions, questions and prompts use, without and with the blank before it."""
     rng = random.Random(0)
-    texts = [ask_for(family, modality, rng) for family in OWN for modality in NOUNS for _ in range(200)] + ["USER: ASSISTANT:\n"]
+    texts = [
+        ask_for(family, modality, rng) for family in OWN for modality in NOUNS for _ in range(200)
+    ] + ["USER: ASSISTANT:\n"]
     for index in range(400):
         scene, rng = data.make_scene(PRETRAIN_SEED - 1, index), random.Random(index)
-        texts += [str(data.short_caption(scene, rng)), data.long_caption(scene, rng), *data.question(scene, rng)]
+        texts += [
+            str(data.short_caption(scene, rng)),
+            data.long_caption(scene, rng),
+            *data.question(scene, rng),
+        ]
     pieces = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
-    words = {piece.strip(" ") for text in texts for piece, _ in pieces.pre_tokenize_str(text)} - {""}
+    words = {piece.strip(" ") for text in texts for piece, _ in pieces.pre_tokenize_str(text)} - {
+        ""
+    }
     return sorted(words)
 
 
@@ -108,14 +152,24 @@ def make_tokenizer():
     """Byte-level BPE with the scene words whole: any text encodes without loss, other words byte by byte."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = {token: i for i, token in enumerate(SPECIAL)}
-    spelled = [spell.pre_tokenize_str(blank + word)[0][0] for word in vocabulary_words() for blank in ("", " ")]
+    spelled = [
+        spell.pre_tokenize_str(blank + word)[0][0]
+        for word in vocabulary_words()
+        for blank in ("", " ")
+    ]
     for token in sorted(pre_tokenizers.ByteLevel.alphabet()) + spelled:
         vocab.setdefault(token, len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"), spell])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"), spell]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+    )
     return tokenizer
 
 
@@ -164,7 +218,14 @@ def sine_cosine(count, width):
     side = math.isqrt(count)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frequencies = 2 * torch.exp(-torch.arange(width // 4) * math.log(20.0) / (width // 4))
-    return 0.78 * torch.cat([f(axis.flatten()[:, None] * frequencies) for axis in (y, x) for f in (torch.sin, torch.cos)], dim=1)
+    return 0.78 * torch.cat(
+        [
+            f(axis.flatten()[:, None] * frequencies)
+            for axis in (y, x)
+            for f in (torch.sin, torch.cos)
+        ],
+        dim=1,
+    )
 
 
 @torch.no_grad()
@@ -180,7 +241,9 @@ def initialise(lvlm):
     lvlm.decoder.embed_tokens.weight.normal_(std=0.3)
     lvlm.vision.class_embedding.normal_(std=0.02)
     lvlm.vision.position_embedding.weight.normal_(std=0.02)
-    lvlm.vision.position_embedding.weight[1:] = sine_cosine(lvlm.config.num_image_tokens, lvlm.config.vision.hidden_size)
+    lvlm.vision.position_embedding.weight[1:] = sine_cosine(
+        lvlm.config.num_image_tokens, lvlm.config.vision.hidden_size
+    )
     depth = 2 * len(lvlm.decoder.layers)
     for block in lvlm.decoder.layers:
         attention = block.self_attn
@@ -215,7 +278,13 @@ def patch_labels(scene, side):
         cell = (patch // side) * data.GRID // side * data.GRID + (patch % side) * data.GRID // side
         thing = by_cell.get(cell)
         for family, words in FAMILIES.items():
-            word = data.POSITIONS[cell] if family == "place" else scene.background if family == "background" else thing and getattr(thing, family)
+            word = (
+                data.POSITIONS[cell]
+                if family == "place"
+                else scene.background
+                if family == "background"
+                else thing and getattr(thing, family)
+            )
             labels[family].append(words.index(word) if word else -100)
     return {family: torch.tensor(values) for family, values in labels.items()}
 
@@ -228,13 +297,24 @@ def normalise(pictures):
 
 def warm_up(lvlm, tokenizer, pictures, labels, args):
     """Teach vision tower and projector to say, in every patch, the decoder's words for what is there."""
-    words = {family: torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in names]) for family, names in FAMILIES.items()}
-    parameters = [*lvlm.vision.parameters(), *lvlm.projector.parameters(), lvlm.decoder.embed_tokens.weight]
+    words = {
+        family: torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in names])
+        for family, names in FAMILIES.items()
+    }
+    parameters = [
+        *lvlm.vision.parameters(),
+        *lvlm.projector.parameters(),
+        lvlm.decoder.embed_tokens.weight,
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(args.seed)
     for step in range(args.warm_up_steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * max(0.02, math.cos(step / args.warm_up_steps * math.pi / 2))
+            group["lr"] = (
+                1e-3
+                * min(1, (step + 1) / 100)
+                * max(0.02, math.cos(step / args.warm_up_steps * math.pi / 2))
+            )
         rows = torch.randint(len(pictures), (64,), generator=generator)
         tokens = lvlm.image_features(normalise(pictures[rows]))  # (B, N, D)
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
@@ -242,7 +322,9 @@ def warm_up(lvlm, tokenizer, pictures, labels, args):
         for family in FAMILIES:
             logits = tokens @ lvlm.decoder.embed_tokens.weight[words[family]].T  # (B, N, words)
             target = labels[family][rows]
-            loss = loss + (0.25 if family == "background" else 1.0) * F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+            loss = loss + (0.25 if family == "background" else 1.0) * F.cross_entropy(
+                logits.flatten(0, 1), target.flatten(), ignore_index=-100
+            )
             right[family] = (logits.argmax(-1) == target)[target != -100].float().mean().item()
         optimizer.zero_grad()
         loss.backward()
@@ -260,17 +342,42 @@ def warm_up(lvlm, tokenizer, pictures, labels, args):
 
 def image_turns(scene, rng):
     """[(ask, answer), ...] about a picture."""
-    if len(scene.things) > 4:  # a crowded scene is there for its look-ups: as many as a picture can hold
+    if (
+        len(scene.things) > 4
+    ):  # a crowded scene is there for its look-ups: as many as a picture can hold
         name = rng.choice(("colour", "shape", "kind", "kind", "kind"))
         values = [getattr(thing, name) for thing in scene.things]
-        things = [thing for thing in rng.sample(scene.things, len(scene.things)) if values.count(getattr(thing, name)) == 1]
+        things = [
+            thing
+            for thing in rng.sample(scene.things, len(scene.things))
+            if values.count(getattr(thing, name)) == 1
+        ]
         if name != "kind" and things:
-            return [(ask_for(name, "image", rng), ", ".join(f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things))]
+            return [
+                (
+                    ask_for(name, "image", rng),
+                    ", ".join(
+                        f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things
+                    ),
+                )
+            ]
         shuffled = tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things)))
-        return [(ask_for("list", "image", rng), str(data.Caption(rng.choice(data.OPENINGS), shuffled, None, True, None)))]
-    kind = rng.choices(("list", "detail", "brief", "few", "questions", "one", "second"), (16, 26, 18, 3, 24, 10, 3))[0]
+        return [
+            (
+                ask_for("list", "image", rng),
+                str(data.Caption(rng.choice(data.OPENINGS), shuffled, None, True, None)),
+            )
+        ]
+    kind = rng.choices(
+        ("list", "detail", "brief", "few", "questions", "one", "second"), (16, 26, 18, 3, 24, 10, 3)
+    )[0]
     if kind == "list":
-        return [(ask_for("list", "image", rng), str(brief_caption(scene, rng, "position", len(scene.things))))]
+        return [
+            (
+                ask_for("list", "image", rng),
+                str(brief_caption(scene, rng, "position", len(scene.things))),
+            )
+        ]
     if kind == "detail":
         return [(ask_for("detail", "image", rng), full_caption(scene, rng))]
     if kind == "brief":
@@ -280,13 +387,22 @@ def image_turns(scene, rng):
     if kind == "questions":
         return [question(scene, rng) for _ in range(4)]
     if kind == "one":
-        return [(ask_for("one", "image", rng), data.one_word(scene, rng)), question(scene, rng), question(scene, rng)]
-    return [(ask_for("one", "image", rng), ""), ("Describe the image in detail.", full_caption(scene, rng))]
+        return [
+            (ask_for("one", "image", rng), data.one_word(scene, rng)),
+            question(scene, rng),
+            question(scene, rng),
+        ]
+    return [
+        (ask_for("one", "image", rng), ""),
+        ("Describe the image in detail.", full_caption(scene, rng)),
+    ]
 
 
 def brief_caption(scene, rng, style=None, mentions=None):
     """A short caption without what is held out."""
-    return data.short_caption(scene, rng, style or rng.choice(("position", "list")), mentions, attributes=())
+    return data.short_caption(
+        scene, rng, style or rng.choice(("position", "list")), mentions, attributes=()
+    )
 
 
 def full_caption(scene, rng):
@@ -304,7 +420,9 @@ def text_turns(scene, rng):
     caption = brief_caption(scene, rng, rng.choices(("position", "list"), (2, 1))[0])
     told = data.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
     family = rng.choices(("one", "few", "brief", "list"), (30, 15, 30, 25))[0]
-    ask = ask_for(family if family != "brief" else rng.choice(("brief", "brief", "detail")), "text", rng)
+    ask = ask_for(
+        family if family != "brief" else rng.choice(("brief", "brief", "detail")), "text", rng
+    )
     answer = {
         "one": lambda: caption_word(caption, rng),
         "few": lambda: data.few_words(told, rng),
@@ -328,7 +446,9 @@ class Encoder:
 
     def __init__(self, tokenizer, num_image_tokens):
         self.tokenizer, self.num_image_tokens = tokenizer, num_image_tokens
-        self.bos, self.eos, self.image = (tokenizer.token_to_id(t) for t in ("<s>", "</s>", "<image>"))
+        self.bos, self.eos, self.image = (
+            tokenizer.token_to_id(t) for t in ("<s>", "</s>", "<image>")
+        )
         self.cache = {}
 
     def ids(self, text):
@@ -365,9 +485,19 @@ def collate(rows, pad):
     """Right-padded ids (B, T), flat indices of the predicting tokens, their targets, image slots (B,)."""
     width = max(len(ids) for ids, _, _ in rows)
     table = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _, _ in rows])
-    index = [b * width + t for b, (ids, asked, _) in enumerate(rows) for t, flag in enumerate(asked) if flag and t + 1 < len(ids)]
+    index = [
+        b * width + t
+        for b, (ids, asked, _) in enumerate(rows)
+        for t, flag in enumerate(asked)
+        if flag and t + 1 < len(ids)
+    ]
     targets = [rows[i // width][0][i % width + 1] for i in index]
-    return table, torch.tensor(index), torch.tensor(targets), torch.tensor([slot for _, _, slot in rows])
+    return (
+        table,
+        torch.tensor(index),
+        torch.tensor(targets),
+        torch.tensor([slot for _, _, slot in rows]),
+    )
 
 
 def sequence_loss(lvlm, batch, features):
@@ -408,13 +538,25 @@ def probe(lvlm, encoder, scenes, features):
 
 def draw_batches(encoder, scenes, crowd, share, args, rng):
     """Eight batches of conversations, rows of similar length together: [([(conversation, picture row), ...], [conversation, ...]), ...]."""
-    rows = [rng.randrange(crowd, len(scenes)) if rng.random() < share else rng.randrange(crowd) for _ in range(8 * args.batch)]
-    told = [(encoder.encode(image_turns(scenes[row], rng), True, rng.random() < 0.5), row) for row in rows]
-    said = [encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng), False, rng.random() < 0.2) for _ in range(4 * args.batch)]
+    rows = [
+        rng.randrange(crowd, len(scenes)) if rng.random() < share else rng.randrange(crowd)
+        for _ in range(8 * args.batch)
+    ]
+    told = [
+        (encoder.encode(image_turns(scenes[row], rng), True, rng.random() < 0.5), row)
+        for row in rows
+    ]
+    said = [
+        encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng), False, rng.random() < 0.2)
+        for _ in range(4 * args.batch)
+    ]
     told.sort(key=lambda pair: len(pair[0][0]))
     said.sort(key=lambda row: len(row[0]))
     half = args.batch // 2
-    batches = [(told[i * args.batch : (i + 1) * args.batch], said[i * half : (i + 1) * half]) for i in range(8)]
+    batches = [
+        (told[i * args.batch : (i + 1) * args.batch], said[i * half : (i + 1) * half])
+        for i in range(8)
+    ]
     return rng.sample(batches, 8)
 
 
@@ -428,21 +570,35 @@ def average_gradients(parameters):
 
 def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
     """Eq. 2 on conversations, one process a core, each on its own rows; the gradients are averaged every step."""
-    lvlm = copy.deepcopy(lvlm)  # what spawn passes on lies in shared memory, where the processes would update each other's weights
-    torch.distributed.init_process_group("gloo", init_method=f"file://{args.meeting_place}", rank=rank, world_size=args.workers)
-    encoder, rng, waiting = Encoder(tokenizer, lvlm.config.num_image_tokens), random.Random(f"{args.seed} {rank}"), []
+    lvlm = copy.deepcopy(
+        lvlm
+    )  # what spawn passes on lies in shared memory, where the processes would update each other's weights
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{args.meeting_place}", rank=rank, world_size=args.workers
+    )
+    encoder, rng, waiting = (
+        Encoder(tokenizer, lvlm.config.num_image_tokens),
+        random.Random(f"{args.seed} {rank}"),
+        [],
+    )
     lvlm.requires_grad_(True).vision.requires_grad_(False)
     parameters = [p for p in lvlm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
     start, sums, looks_up = time.time(), [0.0, 0.0], torch.tensor(0.0)
     for step in range(args.steps):
-        factor = min(1, (step + 1) / 300) * max(0.01, 0.5 * (1 + math.cos(step / args.steps * math.pi)))
+        factor = min(1, (step + 1) / 300) * max(
+            0.01, 0.5 * (1 + math.cos(step / args.steps * math.pi))
+        )
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
         if not waiting:
             waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, args, rng)
         told, said = waiting.pop()
-        image_loss = sequence_loss(lvlm, collate([row for row, _ in told], 4), features[torch.tensor([row for _, row in told])].float())
+        image_loss = sequence_loss(
+            lvlm,
+            collate([row for row, _ in told], 4),
+            features[torch.tensor([row for _, row in told])].float(),
+        )
         text_loss = sequence_loss(lvlm, collate(said, 4), None)
         optimizer.zero_grad()
         (image_loss + 0.5 * text_loss).backward()
@@ -451,12 +607,22 @@ def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
         optimizer.step()
         sums = [sums[0] + image_loss.item(), sums[1] + text_loss.item()]
         if rank == 0 and (step + 1) % 100 == 0:
-            log(f"step {step + 1} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}")
+            log(
+                f"step {step + 1} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}"
+            )
             sums = [0.0, 0.0]
         if rank == 0 and (step + 1) % 200 == 0:
             for name, first in (("usual", 0), ("crowded", crowd)):
-                answers = probe(lvlm, encoder, scenes[first : first + 200], features[first : first + 200].float())
-                log(f"    {name} scenes: " + " ".join(f"{kind} {share:.3f}" for kind, share in answers.items()))
+                answers = probe(
+                    lvlm,
+                    encoder,
+                    scenes[first : first + 200],
+                    features[first : first + 200].float(),
+                )
+                log(
+                    f"    {name} scenes: "
+                    + " ".join(f"{kind} {share:.3f}" for kind, share in answers.items())
+                )
             looks_up += answers["listed"] >= args.look_up_until
         torch.distributed.broadcast(looks_up, 0)
         if rank == 0 and ((step + 1) % 400 == 0 or step + 1 == args.steps):
@@ -472,12 +638,21 @@ def log(line):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="assets/tiny")
-    parser.add_argument("--look-up-until", type=float, default=0.85, help="crowded scenes mostly, until so many of their look-ups are right")
-    parser.add_argument("--warm-up-steps", type=int, default=1000, help="of the warm-up of the vision tower")
+    parser.add_argument(
+        "--look-up-until",
+        type=float,
+        default=0.85,
+        help="crowded scenes mostly, until so many of their look-ups are right",
+    )
+    parser.add_argument(
+        "--warm-up-steps", type=int, default=1000, help="of the warm-up of the vision tower"
+    )
     parser.add_argument("--scenes", type=int, default=20000)
     parser.add_argument("--steps", type=int, default=3600, help="of the conversations")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak, of the conversations")
-    parser.add_argument("--batch", type=int, default=16, help="pictures a process; half as many texts")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="pictures a process; half as many texts"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, one a core")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -486,20 +661,36 @@ def main(argv=None):
     tokenizer = make_tokenizer()
     lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size())))
     initialise(lvlm)
-    log(f"vocabulary {tokenizer.get_vocab_size()}, {sum(p.numel() for p in lvlm.parameters()) / 1e6:.2f} M parameters")
+    log(
+        f"vocabulary {tokenizer.get_vocab_size()}, {sum(p.numel() for p in lvlm.parameters()) / 1e6:.2f} M parameters"
+    )
     scenes = [data.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]
-    scenes += [data.make_scene(PRETRAIN_SEED + 1, i, counts=(5, 6, 7, 8, 9)) for i in range(args.scenes // 2)]
-    pictures = torch.stack([torch.frombuffer(bytearray(data.render(s).tobytes()), dtype=torch.uint8).view(96, 96, 3) for s in scenes])
+    scenes += [
+        data.make_scene(PRETRAIN_SEED + 1, i, counts=(5, 6, 7, 8, 9))
+        for i in range(args.scenes // 2)
+    ]
+    pictures = torch.stack(
+        [
+            torch.frombuffer(bytearray(data.render(s).tobytes()), dtype=torch.uint8).view(96, 96, 3)
+            for s in scenes
+        ]
+    )
     labels = [patch_labels(s, 6) for s in scenes]
     labels = {family: torch.stack([l[family] for l in labels]) for family in FAMILIES}
     log("rendered")
     torch.set_num_threads(2)
     warm_up(lvlm, tokenizer, pictures, labels, args)
     with torch.no_grad():
-        features = torch.cat([lvlm.vision(normalise(chunk)).half() for chunk in pictures.split(512)])
+        features = torch.cat(
+            [lvlm.vision(normalise(chunk)).half() for chunk in pictures.split(512)]
+        )
     log(f"features {tuple(features.shape)}")
     del pictures, labels
-    torch.multiprocessing.spawn(generative_stage, (lvlm, tokenizer, features, scenes, args.scenes, args), nprocs=args.workers)
+    torch.multiprocessing.spawn(
+        generative_stage,
+        (lvlm, tokenizer, features, scenes, args.scenes, args),
+        nprocs=args.workers,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ TINY, RECORDED = data.TINY, Path(__file__).parent / "recorded"
 
 CLIP_L_336 = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
               "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}  # fmt: skip
-VICUNA_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "torch_dtype": "float16", "vocab_size": 32064}
+VICUNA_7B = {
+    "model_type": "llama",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float16",
+    "vocab_size": 32064,
+}
 VICUNA_13B = VICUNA_7B | {
     "hidden_size": 5120,
     "intermediate_size": 13824,
@@ -46,7 +52,15 @@ QWEN_PROCESSOR = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, 
 
 def qwen_ids(first):
     """What config.json says of the special tokens, which begin at id `first`."""
-    ids = {"bos": 0, "eos": 2, "vision_start": 9, "vision_end": 10, "vision": 11, "image": 12, "video": 13}
+    ids = {
+        "bos": 0,
+        "eos": 2,
+        "vision_start": 9,
+        "vision_end": 10,
+        "vision": 11,
+        "image": 12,
+        "video": 13,
+    }
     return {f"{name}_token_id": first + place for name, place in ids.items()}
 
 
@@ -63,30 +77,83 @@ QWEN_2B = {  # what config.json of Qwen/Qwen2-VL-2B-Instruct says
 
 def qwen_config(first=600, **text):
     """A small config.json in the hub's flat form; special tokens begin at id `first`, image tokens have 12 pixels a side."""
-    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    vision = {"depth": 3, "embed_dim": 48, "mlp_ratio": 2, "num_heads": 3, "hidden_size": 64, "patch_size": 6}
-    small |= {"max_position_embeddings": 1024, "rope_theta": 5e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {
+        "depth": 3,
+        "embed_dim": 48,
+        "mlp_ratio": 2,
+        "num_heads": 3,
+        "hidden_size": 64,
+        "patch_size": 6,
+    }
+    small |= {
+        "max_position_embeddings": 1024,
+        "rope_theta": 5e4,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }
     small |= {"vocab_size": 620, "torch_dtype": "float32"}
-    return QWEN_2B | small | qwen_ids(first) | text | {"vision_config": QWEN_2B["vision_config"] | vision}
+    return (
+        QWEN_2B
+        | small
+        | qwen_ids(first)
+        | text
+        | {"vision_config": QWEN_2B["vision_config"] | vision}
+    )
 
 
 def write_qwen_tokenizer(folder, first):
     """A byte-level BPE tokenizer.json in Qwen2's form, trained on some captions, its special tokens beginning at id `first`."""
-    captions = [text for i in range(40) for text in (data.scene_row(3, i)["short"], data.scene_row(3, i)["long"])]
-    prompts = [Settings.image_prompt, Settings.text_prompt, Settings.detail_prompt, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    captions = [
+        text
+        for i in range(40)
+        for text in (data.scene_row(3, i)["short"], data.scene_row(3, i)["long"])
+    ]
+    prompts = [
+        Settings.image_prompt,
+        Settings.text_prompt,
+        Settings.detail_prompt,
+        "system\nYou are a helpful assistant.",
+        "user\n",
+        "assistant\n",
+    ]
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.normalizer, inner.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(captions + prompts, tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=letters, show_progress=False))
+    inner.train_from_iterator(
+        captions + prompts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=600, initial_alphabet=letters, show_progress=False
+        ),
+    )
     raw = json.loads(inner.to_str())
     taken = set(raw["model"]["vocab"].values())
     raw["model"]["vocab"] |= {f"<left out {i}>": i for i in range(first) if i not in taken}
-    shared = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    raw["added_tokens"] = [{"id": first + n, "content": token, **shared} for n, token in enumerate(QWEN_SPECIAL)]
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    shared = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    raw["added_tokens"] = [
+        {"id": first + n, "content": token, **shared} for n, token in enumerate(QWEN_SPECIAL)
+    ]
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     write_json(Path(folder) / "tokenizer_config.json", described)
     (Path(folder) / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
 
@@ -97,11 +164,17 @@ def make_qwen_folder(folder, raw, seed=0, std=0.2, **processor):
     lvlm = LVLM(parse_config(raw))
     with torch.no_grad():
         for name, p in lvlm.named_parameters():
-            p.normal_(std=std).add_(1.0 * (("norm" in name or "ln_q" in name) and name.endswith("weight")))
+            p.normal_(std=std).add_(
+                1.0 * (("norm" in name or "ln_q" in name) and name.endswith("weight"))
+            )
     save_lvlm(lvlm, folder, torch.float32)
     write_qwen_tokenizer(folder, raw["bos_token_id"])
     side = lvlm.config.vision.token_side
-    sizes = {"patch_size": lvlm.config.vision.patch_size, "min_pixels": 4 * side**2, "max_pixels": 12 * side**2}
+    sizes = {
+        "patch_size": lvlm.config.vision.patch_size,
+        "min_pixels": 4 * side**2,
+        "max_pixels": 12 * side**2,
+    }
     write_json(Path(folder) / "preprocessor_config.json", QWEN_PROCESSOR | sizes | processor)
     return folder
 
@@ -109,7 +182,12 @@ def make_qwen_folder(folder, raw, seed=0, std=0.2, **processor):
 def random_config(**text):
     """A config.json with grouped-query heads and untied embeddings, on the tiny model's vocabulary."""
     raw = json.loads((TINY / "config.json").read_text())
-    raw["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    raw["vision_config"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     raw["text_config"] |= {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -188,20 +266,30 @@ def qwen_model(qwen_folder):
 
 def drawn(name, shape):
     """Normal numbers that the name decides; numpy keeps this generator as it is for good."""
-    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.RandomState(zlib.crc32(name.encode()))
+        .standard_normal(tuple(shape))
+        .astype(np.float32)
+    )
 
 
 def drawn_weight(name, shape):
     """A weight of a random model; name in any layout."""
     values = drawn(to_ours(name), shape)
-    return 1 + 0.2 * values if ("norm" in name or "ln_q" in name) and name.endswith("weight") else values * (0.3 if len(shape) > 1 else 0.1)
+    return (
+        1 + 0.2 * values
+        if ("norm" in name or "ln_q" in name) and name.endswith("weight")
+        else values * (0.3 if len(shape) > 1 else 0.1)
+    )
 
 
 def shapes_by_layer(named):
     """{name with * for the layer's number: [how many, shape]} of (name, tensor) pairs; layers must be alike."""
     shapes = {}
     for name, p in named:
-        entry = shapes.setdefault(re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.*.", name), [0, list(p.shape)])
+        entry = shapes.setdefault(
+            re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.*.", name), [0, list(p.shape)]
+        )
         assert entry[1] == list(p.shape), name
         entry[0] += 1
     return shapes
@@ -215,7 +303,9 @@ def lora_weight(layer, part, shape):
 def drawn_picture(size):
     """A picture (height, width, 3) of smooth noise. size: (width, height)."""
     width, height = size
-    coarse = np.random.RandomState(width * 1000 + height).randint(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    coarse = np.random.RandomState(width * 1000 + height).randint(
+        0, 256, (height // 4 + 1, width // 4 + 1, 3)
+    )
     return np.kron(coarse, np.ones((4, 4, 1)))[:height, :width].astype(np.uint8)
 
 
@@ -225,7 +315,9 @@ def sequences(raw):
     count = (vision["image_size"] // vision["patch_size"]) ** 2
     draw = np.random.RandomState(7)
     words = lambda n: [int(t) for t in draw.randint(6, raw["text_config"]["vocab_size"], n)]
-    rows = [[1, *words(before), *[image] * count, *words(after)] for before, after in ((4, 9), (2, 3))]
+    rows = [
+        [1, *words(before), *[image] * count, *words(after)] for before, after in ((4, 9), (2, 3))
+    ]
     return rows, drawn("pixels", (2, 3, vision["image_size"], vision["image_size"]))
 
 
@@ -236,5 +328,10 @@ def qwen_rows(raw, grids):
     """[ids of a row per picture] of different lengths; grids: (rows, columns) of image tokens."""
     draw = np.random.RandomState(11)
     words = lambda n: [int(t) for t in draw.randint(0, raw["bos_token_id"], n)]
-    opening, closing, image = (raw[f"{name}_token_id"] for name in ("vision_start", "vision_end", "image"))
-    return [[*words(before), opening, *[image] * (r * c), closing, *words(after)] for (before, after), (r, c) in zip(((4, 9), (2, 3)), grids)]
+    opening, closing, image = (
+        raw[f"{name}_token_id"] for name in ("vision_start", "vision_end", "image")
+    )
+    return [
+        [*words(before), opening, *[image] * (r * c), closing, *words(after)]
+        for (before, after), (r, c) in zip(((4, 9), (2, 3)), grids)
+    ]

@@ -17,11 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from model import write_json
 
-PARTS = {"llava": 5, "llava_alone": 1, "coco": 2, "sam": 1, "openimages": 1, "coco_test": 1}  # units of each
+PARTS = {
+    "llava": 5,
+    "llava_alone": 1,
+    "coco": 2,
+    "sam": 1,
+    "openimages": 1,
+    "coco_test": 1,
+}  # units of each
 
 
 def conversation(name, image, ask, answer):
-    return {"id": name, "image": image, "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": answer}]}
+    return {
+        "id": name,
+        "image": image,
+        "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": answer}],
+    }
 
 
 def save(picture, path):
@@ -32,28 +43,65 @@ def save(picture, path):
 def export(folder, unit=100, seed=0):
     """Write everything; returns how many pictures each part has."""
     folder, index = Path(folder), 0
-    llava, share, karpathy, coco = [], [], [], {"info": {"year": 2017}, "images": [], "annotations": []}
+    llava, share, karpathy, coco = (
+        [],
+        [],
+        [],
+        {"info": {"year": 2017}, "images": [], "annotations": []},
+    )
     for part, units in PARTS.items():
         for _ in range(units * unit):
             row, index = data.scene_row(seed, index), index + 1
             if part.startswith("llava"):
                 name = f"{index // 10000:05d}/{index:09d}.jpg"
-                llava.append(conversation(f"{index:09d}", name, "Render a clear and concise summary of the photo.\n<image>", row["short"]))
+                llava.append(
+                    conversation(
+                        f"{index:09d}",
+                        name,
+                        "Render a clear and concise summary of the photo.\n<image>",
+                        row["short"],
+                    )
+                )
                 image = f"llava/llava_pretrain/images/{name}"
             elif part.startswith("coco"):
                 image, test = f"coco/train2017/{index:012d}.jpg", part == "coco_test"
                 raw = [row["short"], f"{row['short'].capitalize()}."]
-                old = {"filepath": "val2014", "filename": f"COCO_val2014_{index:012d}.jpg", "cocoid": index, "split": "test" if test else "restval"}
-                karpathy.append(old | {"imgid": index, "sentences": [{"raw": text, "tokens": text.split()} for text in raw[: 1 if test else 2]]})
+                old = {
+                    "filepath": "val2014",
+                    "filename": f"COCO_val2014_{index:012d}.jpg",
+                    "cocoid": index,
+                    "split": "test" if test else "restval",
+                }
+                karpathy.append(
+                    old
+                    | {
+                        "imgid": index,
+                        "sentences": [
+                            {"raw": text, "tokens": text.split()}
+                            for text in raw[: 1 if test else 2]
+                        ],
+                    }
+                )
                 coco["images"].append({"id": index, "file_name": f"{index:012d}.jpg"})
-                coco["annotations"] += [{"image_id": index, "id": 2 * index + i, "caption": text + " "} for i, text in enumerate(raw)]
+                coco["annotations"] += [
+                    {"image_id": index, "id": 2 * index + i, "caption": text + " "}
+                    for i, text in enumerate(raw)
+                ]
                 if test:
                     save(row["image"], folder / "coco" / "val2014" / old["filename"])
             else:
-                image = f"sam/images/sa_{index}.jpg" if part == "sam" else f"openimages/{index:016x}.jpg"
+                image = (
+                    f"sam/images/sa_{index}.jpg"
+                    if part == "sam"
+                    else f"openimages/{index:016x}.jpg"
+                )
             save(row["image"], folder / image)
             if part in ("llava", "coco", "sam", "coco_test"):
-                share.append(conversation(Path(image).stem, image, "<image>\nWhat is this photo about?", row["long"]))
+                share.append(
+                    conversation(
+                        Path(image).stem, image, "<image>\nWhat is this photo about?", row["long"]
+                    )
+                )
     write_json(folder / "llava/llava_pretrain/blip_laion_cc_sbu_558k.json", llava)
     write_json(folder / "share-captioner_coco_lcs_sam_1246k_1107.json", share)
     write_json(folder / "coco/captions_train2017.json", coco)

@@ -20,7 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from conftest import HUB_CONFIGS, QWEN_2B, QWEN_PROCESSOR, write_llama_tokenizer, write_qwen_tokenizer
+from conftest import (
+    HUB_CONFIGS,
+    QWEN_2B,
+    QWEN_PROCESSOR,
+    write_llama_tokenizer,
+    write_qwen_tokenizer,
+)
 
 import data
 from model import LVLM, parse_config, save_weights, write_json
@@ -38,14 +44,20 @@ def random_weights(lvlm):
     """(name, random tensor) of every parameter, one at a time."""
     for name, p in lvlm.named_parameters():
         norm = ("norm" in name or "ln_q" in name) and name.endswith("weight")
-        yield name, torch.ones(p.shape) if norm else torch.randn(p.shape, dtype=torch.bfloat16) * 0.02
+        yield (
+            name,
+            torch.ones(p.shape) if norm else torch.randn(p.shape, dtype=torch.bfloat16) * 0.02,
+        )
 
 
 def llava_files(folder, raw):
     write_llama_tokenizer(folder)
     processor = json.loads((data.TINY / "preprocessor_config.json").read_text())
     side = raw["vision_config"]["image_size"]
-    write_json(Path(folder) / "preprocessor_config.json", processor | {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}})
+    write_json(
+        Path(folder) / "preprocessor_config.json",
+        processor | {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}},
+    )
 
 
 def qwen_files(folder, raw):
@@ -53,7 +65,9 @@ def qwen_files(folder, raw):
     write_json(Path(folder) / "preprocessor_config.json", QWEN_PROCESSOR)
 
 
-MODELS = {size: (raw, llava_files) for size, raw in HUB_CONFIGS.items()} | {"qwen2-vl-2b": (QWEN_2B, qwen_files)}
+MODELS = {size: (raw, llava_files) for size, raw in HUB_CONFIGS.items()} | {
+    "qwen2-vl-2b": (QWEN_2B, qwen_files)
+}
 
 
 def make(folder, raw, write_files):
@@ -69,7 +83,10 @@ def timed(name, command):
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{name} failed")
-    print(f"{name}: {(time.time() - start) / 60:.1f} minutes, peak memory {usage.ru_maxrss * 1024 / 1e9:.2f} GB", flush=True)
+    print(
+        f"{name}: {(time.time() - start) / 60:.1f} minutes, peak memory {usage.ru_maxrss * 1024 / 1e9:.2f} GB",
+        flush=True,
+    )
 
 
 def main():
@@ -83,11 +100,33 @@ def main():
         return make(args.folder, *MODELS[args.model])
     try:
         if not (args.folder / "config.json").exists():
-            timed("make", [sys.executable, __file__, "--model", args.model, "--folder", str(args.folder), "--only-make"])
+            timed(
+                "make",
+                [
+                    sys.executable,
+                    __file__,
+                    "--model",
+                    args.model,
+                    "--folder",
+                    str(args.folder),
+                    "--only-make",
+                ],
+            )
         timed("load", [sys.executable, "-c", LOAD, str(args.folder)])
         shutil.rmtree(args.folder / "run", ignore_errors=True)
         flags = "--steps 1 --batch 2 --micro-batch 1 --dtype bfloat16 --checkpointing --eval-gallery 0".split()
-        timed("train", [sys.executable, "train.py", "--model", str(args.folder), "--out", str(args.folder / "run"), *flags])
+        timed(
+            "train",
+            [
+                sys.executable,
+                "train.py",
+                "--model",
+                str(args.folder),
+                "--out",
+                str(args.folder / "run"),
+                *flags,
+            ],
+        )
         print((args.folder / "run" / "metrics.jsonl").read_text())
     finally:
         if not args.keep:

@@ -34,15 +34,39 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_folder(folder / "model", random_config())
-        flags = ["--model", folder / "model", "--steps", STEPS, "--batch", 8, "--rank", 4, "--scenes", 64, "--eval-gallery", 0, "--save-every", 2]
+        flags = [
+            "--model",
+            folder / "model",
+            "--steps",
+            STEPS,
+            "--batch",
+            8,
+            "--rank",
+            4,
+            "--scenes",
+            64,
+            "--eval-gallery",
+            0,
+            "--save-every",
+            2,
+        ]
         finished(spawned(*flags, "--out", folder / "whole"))
         for run in range(args.runs):
             out, after, start = folder / f"killed-{run}", draw.randint(1, STEPS - 1), time.time()
             kill_and_resume(flags, out, after, delay=draw.uniform(0, 0.2))
-            files = [(path / "adapter.safetensors").read_bytes() for path in (folder / "whole", out)]
-            equal = files[0] == files[1] and steps_written(out) == list(range(1, STEPS + 1)) and losses(out) == losses(folder / "whole")
+            files = [
+                (path / "adapter.safetensors").read_bytes() for path in (folder / "whole", out)
+            ]
+            equal = (
+                files[0] == files[1]
+                and steps_written(out) == list(range(1, STEPS + 1))
+                and losses(out) == losses(folder / "whole")
+            )
             same += equal
-            print(f"run {run + 1}: killed after step {after}, {'the same' if equal else 'DIFFERENT'} ({time.time() - start:.0f} s)", flush=True)
+            print(
+                f"run {run + 1}: killed after step {after}, {'the same' if equal else 'DIFFERENT'} ({time.time() - start:.0f} s)",
+                flush=True,
+            )
     print(f"{same} of {args.runs} the same")
     sys.exit(same != args.runs)
 

@@ -23,7 +23,14 @@ GOLDEN = ("Hello world", "USER: <image>\nDescribe the image in detail. ASSISTANT
 
 def corpus():
     settings = Settings()
-    texts = [*GOLDEN, settings.image_prompt, settings.text_prompt, settings.detail_prompt, "The red bus.", "2 dogs"]
+    texts = [
+        *GOLDEN,
+        settings.image_prompt,
+        settings.text_prompt,
+        settings.detail_prompt,
+        "The red bus.",
+        "2 dogs",
+    ]
     for i in range(300):
         scene, rng = data.make_scene(9, i), random.Random(i)
         texts += [str(data.short_caption(scene, rng)), data.long_caption(scene, rng)]
@@ -33,11 +40,21 @@ def corpus():
 def main(path):
     raw = json.loads(Path(path).read_text(encoding="utf-8"))
     model, found = raw["model"], "\n".join(f"▁{text.replace(' ', '▁')}" for text in corpus())
-    model["vocab"] = {t: i for t, i in model["vocab"].items() if i < 259 or (len(t) == 1 and t.isascii()) or t in found or t in ("▁", "▁▁")}
-    model["merges"] = [[a, b] for a, b in model["merges"] if a in model["vocab"] and b in model["vocab"] and a + b in model["vocab"]]
+    model["vocab"] = {
+        t: i
+        for t, i in model["vocab"].items()
+        if i < 259 or (len(t) == 1 and t.isascii()) or t in found or t in ("▁", "▁▁")
+    }
+    model["merges"] = [
+        [a, b]
+        for a, b in model["merges"]
+        if a in model["vocab"] and b in model["vocab"] and a + b in model["vocab"]
+    ]
     full = tokenizers.Tokenizer.from_file(str(path))
     out = Path(__file__).parent / "recorded" / "llama_tokenizer.json"
-    out.write_text(json.dumps(raw, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    out.write_text(
+        json.dumps(raw, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
+    )
     cut = tokenizers.Tokenizer.from_file(str(out))
     assert all(full.encode(text).tokens == cut.encode(text).tokens for text in corpus())
     print(f"{out}: {len(model['vocab'])} entries, {out.stat().st_size} bytes")

@@ -25,10 +25,18 @@ import train
 from model import LVLM, parse_config
 from vladva import Batch, Settings, TrainingBatch, VladVA
 
-IMAGE_PROMPT, TURN, TEXT_PROMPT = 21, 16, 20  # tokens of the templates with Llama's tokenizer, without the picture's and the caption's
+IMAGE_PROMPT, TURN, TEXT_PROMPT = (
+    21,
+    16,
+    20,
+)  # tokens of the templates with Llama's tokenizer, without the picture's and the caption's
 SHORT, LONG, LONGEST = 12, 200, 500  # tokens of captions: assumed means, and the paper's limit
 PAPER_PAIRS, PAPER_BATCH = 8.1e6, 1024
-MACHINES = (("one 24 GB GPU", 24e9, 1, 165e12), ("one 80 GB GPU", 80e9, 1, 312e12), ("8 x 80 GB GPUs", 80e9, 8, 312e12))  # memory, count, FLOPS
+MACHINES = (
+    ("one 24 GB GPU", 24e9, 1, 165e12),
+    ("one 80 GB GPU", 80e9, 1, 312e12),
+    ("8 x 80 GB GPUs", 80e9, 8, 312e12),
+)  # memory, count, FLOPS
 SHARE = 0.4  # of the data-sheet rate: an assumption
 
 
@@ -39,7 +47,9 @@ def meta_model(size):
         model = VladVA(lvlm, None, None, Settings(soft_prompts=False), size)
         model.attach()
         width = lvlm.config.decoder.hidden_size
-        model.soft_prompts = nn.ParameterDict({name: nn.Parameter(torch.empty(10, width)) for name in ("image", "text")})
+        model.soft_prompts = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(10, width)) for name in ("image", "text")}
+        )
     return model
 
 
@@ -50,10 +60,22 @@ def shaped_batch(model, count, short=SHORT, long=LONG):
     prompt, text = IMAGE_PROMPT + image, TEXT_PROMPT + short
 
     def batch(width, used, prompt_width, image):
-        return Batch(empty(count, width), empty(count), empty(count), empty(2, count * image), *[empty(count * used)] * 2, prompt_width)
+        return Batch(
+            empty(count, width),
+            empty(count),
+            empty(count),
+            empty(2, count * image),
+            *[empty(count * used)] * 2,
+            prompt_width,
+        )
 
     images = batch(prompt + TURN + long + 1, long + 1, prompt, image)
-    return TrainingBatch(torch.empty(count, 3, 336, 336, device="meta"), images, batch(text, 0, text, 0), empty(count))
+    return TrainingBatch(
+        torch.empty(count, 3, 336, 336, device="meta"),
+        images,
+        batch(text, 0, text, 0),
+        empty(count),
+    )
 
 
 def plan():
@@ -64,8 +86,12 @@ def plan():
     recomputed = train.TrainConfig(checkpointing=True, grad_cache=True)
     one = {size: [shaped_batch(model, 1)] for size, model in models.items()}
     longest = {size: [shaped_batch(model, 1, long=LONGEST)] for size, model in models.items()}
-    row = lambda label, value: lines.append(f"| {label} | " + " | ".join(value(size) for size in models) + " |")
-    in_bytes = lambda parts, config, key: lambda size: f"{train.step_bytes(models[size], parts[size], config)[key] / 1e9:.2f} GB"
+    row = lambda label, value: lines.append(
+        f"| {label} | " + " | ".join(value(size) for size in models) + " |"
+    )
+    in_bytes = lambda parts, config, key: (
+        lambda size: f"{train.step_bytes(models[size], parts[size], config)[key] / 1e9:.2f} GB"
+    )
     row("frozen weights, bfloat16", in_bytes(one, base, "weights"))
     row("trained parameters", lambda size: f"{sum(p.numel() for _, p in models[size].trained()):,}")
     row("they, their gradients and AdamW's moments, float32", in_bytes(one, base, "adapter"))
@@ -73,11 +99,19 @@ def plan():
     row(f"... of {LONGEST} tokens", in_bytes(longest, base, "activations"))
     row(f"... of {LONGEST} tokens, `--checkpointing`", in_bytes(longest, recomputed, "activations"))
     row("logits", in_bytes(longest, base, "logits"))
-    flops = lambda config: lambda size: f"{sum(train.step_flops(models[size], one[size], config)) / 1e12:.1f} TFLOP"
+    flops = lambda config: (
+        lambda size: f"{sum(train.step_flops(models[size], one[size], config)) / 1e12:.1f} TFLOP"
+    )
     row("arithmetic of a pair", flops(base))
-    row("... with `--checkpointing`", flops(train.TrainConfig(checkpointing=True, grad_cache=False)))
+    row(
+        "... with `--checkpointing`", flops(train.TrainConfig(checkpointing=True, grad_cache=False))
+    )
     row("... with `--checkpointing --grad-cache`", flops(recomputed))
-    lines += ["", "| | machine | pairs that fit in a micro-batch | a step of 1,024 pairs | 8.1 million pairs |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| | machine | pairs that fit in a micro-batch | a step of 1,024 pairs | 8.1 million pairs |",
+        "|---|---|---|---|---|",
+    ]
     for size, model in models.items():
         for machine, memory, count, rate in MACHINES:
             held = train.step_bytes(model, longest[size], recomputed)
@@ -85,10 +119,18 @@ def plan():
             fitting = 0 if room < held["activations"] else next(
                 n for n in range(256, 0, -1) if train.step_bytes(model, [shaped_batch(model, n, long=LONGEST)], recomputed)["activations"] < room
             )  # fmt: skip
-            seconds = PAPER_BATCH * sum(train.step_flops(model, one[size], recomputed)) / (count * rate * SHARE)
+            seconds = (
+                PAPER_BATCH
+                * sum(train.step_flops(model, one[size], recomputed))
+                / (count * rate * SHARE)
+            )
             days = seconds * PAPER_PAIRS / PAPER_BATCH / 86400
             times = f"{seconds:.0f} s | {days:.0f} days" if fitting else "- | -"
-            fits = f"{fitting}{' or more' * (fitting == 256)}" if fitting else f"none: {held['weights'] / 1e9:.1f} GB of weights"
+            fits = (
+                f"{fitting}{' or more' * (fitting == 256)}"
+                if fitting
+                else f"none: {held['weights'] / 1e9:.1f} GB of weights"
+            )
             lines.append(f"| {size.upper()} | {machine} | {fits} | {times} |")
     return lines
 
@@ -96,13 +138,25 @@ def plan():
 SMALL = {  # name: (vision, text) sizes of a random folder
     "8 x 512": {},
     "4 x 1024": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4},
-    "16 x 256": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 16, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "16 x 256": {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
 }
 
 
 def one_step(folder, checkpointing, grad_cache):
     """One step on 8 pairs in micro-batches of 2 in this process: what the program takes, what step_bytes says, and the peak."""
-    config = train.TrainConfig(lr=1e-4, soft_prompt_lr=1e-4, temperature_lr=1e-4, checkpointing=checkpointing, grad_cache=grad_cache)
+    config = train.TrainConfig(
+        lr=1e-4,
+        soft_prompt_lr=1e-4,
+        temperature_lr=1e-4,
+        checkpointing=checkpointing,
+        grad_cache=grad_cache,
+    )
     train.return_freed_memory()
     torch.randn(512, 512) @ torch.randn(512, 512)  # so that the libraries are there
     program = peak()
@@ -117,17 +171,40 @@ def one_step(folder, checkpointing, grad_cache):
 
 def check():
     """Lines of Markdown: predicted and measured peaks of small models."""
-    lines = ["| decoder | | from the shapes | measured | measured / shapes |", "|---|---|---|---|---|"]
+    lines = [
+        "| decoder | | from the shapes | measured | measured / shapes |",
+        "|---|---|---|---|---|",
+    ]
     for name, text in SMALL.items():
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), text)
             for flags in ((0, 0), (1, 0), (0, 1), (1, 1)):
-                command = [sys.executable, __file__, "--folder", folder, "--checkpointing", str(flags[0]), "--grad-cache", str(flags[1])]
-                found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--folder",
+                    folder,
+                    "--checkpointing",
+                    str(flags[0]),
+                    "--grad-cache",
+                    str(flags[1]),
+                ]
+                found = json.loads(
+                    subprocess.run(
+                        command, capture_output=True, text=True, check=True
+                    ).stdout.splitlines()[-1]
+                )
                 measured, program = found.pop("peak"), found.pop("program")
                 predicted, above = sum(found.values()), measured - program
-                label = " ".join(f for f, on in zip(("`--checkpointing`", "`--grad-cache`"), flags) if on) or "neither"
-                lines.append(f"| {name} | {label} | {predicted / 1e9:.2f} GB | {above / 1e9:.2f} GB | {above / predicted:.2f} |")
+                label = (
+                    " ".join(
+                        f for f, on in zip(("`--checkpointing`", "`--grad-cache`"), flags) if on
+                    )
+                    or "neither"
+                )
+                lines.append(
+                    f"| {name} | {label} | {predicted / 1e9:.2f} GB | {above / 1e9:.2f} GB | {above / predicted:.2f} |"
+                )
                 print(lines[-1], flush=True)
     return lines
 

@@ -40,7 +40,9 @@ CASES = ("multi_head", "grouped_query", "tied")
 def recorded(name):
     """(tensors, what they were recorded of)."""
     with safe_open(RECORDED / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(
+            file.metadata()["about"]
+        )
 
 
 def close(ours, reference):
@@ -60,7 +62,12 @@ def original_config(raw):
         "mm_vision_select_feature": "patch",
         "image_aspect_ratio": "pad",
     }
-    return {**raw["text_config"], **top, "model_type": "llava_llama", "mm_vision_select_layer": raw["vision_feature_layer"]}
+    return {
+        **raw["text_config"],
+        **top,
+        "model_type": "llava_llama",
+        "mm_vision_select_layer": raw["vision_feature_layer"],
+    }
 
 
 RENAMINGS = {
@@ -74,7 +81,10 @@ RENAMINGS = {
                  ("multi_modal_projector.linear_1.", "model.mm_projector.0."), ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
                  ("vision_tower.", "model.vision_tower.vision_tower.")),
 }  # fmt: skip
-RENAMINGS["original, CLIP beside"] = (*RENAMINGS["original"], ("model.vision_tower.vision_tower.", ""))
+RENAMINGS["original, CLIP beside"] = (
+    *RENAMINGS["original"],
+    ("model.vision_tower.vision_tower.", ""),
+)
 
 
 def renamed(name, layout):
@@ -101,12 +111,23 @@ def write_layout(folder, raw, layout):
     (folder / "config.json").write_text(json.dumps(original_config(raw)))
     tower = folder.parent / "clip-tower"
     tower.mkdir()
-    (tower / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": raw["vision_config"], "text_config": {}}))
+    (tower / "config.json").write_text(
+        json.dumps({"model_type": "clip", "vision_config": raw["vision_config"], "text_config": {}})
+    )
     apart = {name: t for name, t in tensors.items() if name.startswith("vision_model.")}
     if apart:
-        rest = {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(()), "visual_projection.weight": torch.ones(2, 2)}
-        save_file({**apart, **rest, "vision_model.embeddings.position_ids": torch.zeros(1, 5)}, tower / "model.safetensors")
-    save_file({name: t for name, t in tensors.items() if name not in apart}, folder / "model.safetensors")
+        rest = {
+            "text_model.final_layer_norm.weight": torch.ones(3),
+            "logit_scale": torch.ones(()),
+            "visual_projection.weight": torch.ones(2, 2),
+        }
+        save_file(
+            {**apart, **rest, "vision_model.embeddings.position_ids": torch.zeros(1, 5)},
+            tower / "model.safetensors",
+        )
+    save_file(
+        {name: t for name, t in tensors.items() if name not in apart}, folder / "model.safetensors"
+    )
     return folder, data.tower_folder(folder)
 
 
@@ -122,7 +143,11 @@ def outputs(lvlm, raw):
     hidden = lvlm.decoder(embeds)
     greedy = generate(lvlm, embeds, lengths, eos_id=-1, max_new_tokens=16)
     for n, length in enumerate(lengths):
-        found |= {f"hidden.{n}": hidden[n, :length], f"logits.{n}": lvlm.head(hidden[n, :length]), f"greedy.{n}": torch.tensor(greedy[n])}
+        found |= {
+            f"hidden.{n}": hidden[n, :length],
+            f"logits.{n}": lvlm.head(hidden[n, :length]),
+            f"greedy.{n}": torch.tensor(greedy[n]),
+        }
     return found
 
 
@@ -135,7 +160,11 @@ def test_outputs_equal_transformers_in_every_layout(case, layout, tmp_path):
     found = outputs(load_lvlm(folder, tower=tower), raw)
     assert found.keys() == reference.keys()
     for name, value in reference.items():
-        assert torch.equal(found[name], value) if name.startswith("greedy") else close(found[name], value) is None
+        assert (
+            torch.equal(found[name], value)
+            if name.startswith("greedy")
+            else close(found[name], value) is None
+        )
 
 
 def test_lora_equals_peft_before_and_after_merging(tmp_path):
@@ -161,7 +190,10 @@ def test_full_size_models_have_every_key_and_shape_of_transformers(size):
     with torch.device("meta"):
         lvlm = LVLM(parse_config(HUB_CONFIGS[size]))
     theirs = json.loads((RECORDED / "shapes.json").read_text())[size]
-    expected = {to_ours(name.replace("*", "7")).replace(".7.", ".*."): value for name, value in theirs.items()}
+    expected = {
+        to_ours(name.replace("*", "7")).replace(".7.", ".*."): value
+        for name, value in theirs.items()
+    }
     assert shapes_by_layer(lvlm.named_parameters()) == expected
     lora.attach(lvlm.decoder, rank=16, alpha=16)
     trained = sum(p.numel() for name, p in lvlm.named_parameters() if "lora_" in name)
@@ -179,7 +211,9 @@ def test_pixels_equal_transformers_for_every_size_mode_and_step(tmp_path):
     for name, value in reference.items():
         step, size, mode = name.split(".")
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(steps[step]))
-        processor = data.ImageProcessor(tmp_path, parse_config(raw), "pad" if step == "pad" else "crop")
+        processor = data.ImageProcessor(
+            tmp_path, parse_config(raw), "pad" if step == "pad" else "crop"
+        )
         picture = Image.fromarray(drawn_picture(tuple(map(int, size.split("x"))))).convert(mode)
         torch.testing.assert_close(processor(data.open_image(picture)), value, atol=2e-6, rtol=0)
 
@@ -190,7 +224,13 @@ def test_pixels_equal_transformers_for_every_size_mode_and_step(tmp_path):
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
     """A random model with Llama's vocabulary of 32,064 rows and its tokenizer, as llava-hf has them."""
-    raw = random_config(vocab_size=32064, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
+    raw = random_config(
+        vocab_size=32064,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     folder = make_folder(tmp_path_factory.mktemp("llama"), raw | {"image_token_index": 32000})
     write_llama_tokenizer(folder)
     return folder
@@ -216,15 +256,49 @@ def test_the_parts_of_a_llama_sequence(llama):
     words = lambda ids: [llama.tokenizer.inner.id_to_token(t) for t in ids]
     image = llama.image_sequence("A red circle.")
     span = slice(image.prompt_slot, image.prompt_slot + image.prompt_length)
-    assert words(image.ids[span]) == ["▁Sum", "mar", "ize", "▁the", "▁provided", "▁image", "▁in", "▁one", "▁word", ":"]
-    assert words(image.ids[image.summary - 3 : image.summary + 3]) == ["ASS", "IST", "ANT", ":", "▁US", "ER"]
+    assert words(image.ids[span]) == [
+        "▁Sum",
+        "mar",
+        "ize",
+        "▁the",
+        "▁provided",
+        "▁image",
+        "▁in",
+        "▁one",
+        "▁word",
+        ":",
+    ]
+    assert words(image.ids[image.summary - 3 : image.summary + 3]) == [
+        "ASS",
+        "IST",
+        "ANT",
+        ":",
+        "▁US",
+        "ER",
+    ]
     assert words(image.ids[image.loss_start :]) == ["▁A", "▁red", "▁circle", ".", "</s>"]
-    assert image.ids.count(1) == 1 and image.ids.count(2) == 1 and image.ids.count(32000) == llama.lvlm.config.num_image_tokens
+    assert (
+        image.ids.count(1) == 1
+        and image.ids.count(2) == 1
+        and image.ids.count(32000) == llama.lvlm.config.num_image_tokens
+    )
     text = llama.text_sequence("a red circle")
-    assert words(text.ids[text.prompt_slot + text.prompt_length - 1 :]) == [":", "▁a", "▁red", "▁circle", "<0x0A>", "ASS", "IST", "ANT", ":"]
+    assert words(text.ids[text.prompt_slot + text.prompt_length - 1 :]) == [
+        ":",
+        "▁a",
+        "▁red",
+        "▁circle",
+        "<0x0A>",
+        "ASS",
+        "IST",
+        "ANT",
+        ":",
+    ]
 
 
-def test_the_end_of_a_long_caption_is_one_token_whatever_the_tokenizer_makes_of_its_text(llama_folder, tmp_path):
+def test_the_end_of_a_long_caption_is_one_token_whatever_the_tokenizer_makes_of_its_text(
+    llama_folder, tmp_path
+):
     """Vicuna's tokenizer.json has "normalized": true on </s>, and then reads it after a word as three pieces."""
     shutil.copytree(llama_folder, tmp_path / "vicuna")
     path = tmp_path / "vicuna" / "tokenizer.json"
@@ -247,7 +321,10 @@ def test_a_merged_llama_folder_embeds_as_the_adapter_does(llama_folder, tmp_path
         for _, p in model.trained():
             p.add_(0.1 * torch.randn_like(p))
     model.save_merged(tmp_path / "merged", shard_bytes=1_000_000)
-    merged, prompts = load_lvlm(tmp_path / "merged"), json.loads((tmp_path / "merged" / "vladva.json").read_text())
+    merged, prompts = (
+        load_lvlm(tmp_path / "merged"),
+        json.loads((tmp_path / "merged" / "vladva.json").read_text()),
+    )
     assert merged.config.decoder.vocab_size == 32064  # the unused rows are enough
     tokenizer = data.Tokenizer(tmp_path / "merged", merged.config)
     picture, caption = Image.fromarray(drawn_picture((50, 40))), "a red circle above a blue square"
@@ -256,10 +333,17 @@ def test_a_merged_llama_folder_embeds_as_the_adapter_does(llama_folder, tmp_path
     image_ids[slot:slot] = [32000] * (merged.config.num_image_tokens - 1)
     with torch.no_grad():
         features = merged.image_features(model.image_processor(picture)[None])
-        hidden = merged.decoder(place(merged.embed(torch.tensor([image_ids])), features, torch.tensor([slot])))
+        hidden = merged.decoder(
+            place(merged.embed(torch.tensor([image_ids])), features, torch.tensor([slot]))
+        )
         close(vladva.summary_embedding(hidden[:, -1]), model.encode_image([picture]))
-        text_ids = torch.tensor([tokenizer.encode(prompts["text"].replace("{caption}", caption)).ids])
-        close(vladva.summary_embedding(merged.decoder(merged.embed(text_ids))[:, -1]), model.encode_text([caption]))
+        text_ids = torch.tensor(
+            [tokenizer.encode(prompts["text"].replace("{caption}", caption)).ids]
+        )
+        close(
+            vladva.summary_embedding(merged.decoder(merged.embed(text_ids))[:, -1]),
+            model.encode_text([caption]),
+        )
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and all((tmp_path / "merged" / name).exists() for name in files)
@@ -275,21 +359,33 @@ def test_a_merged_folder_is_not_written_over_a_model(llama_folder):
 
 def test_the_original_layout_embeds_without_an_image_token_of_its_own(tmp_path):
     """Its table has 32,000 rows and its tokenizer no <image>: the token is added, and never looked up."""
-    raw = random_config(vocab_size=32000, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2) | {
-        "image_token_index": 32000
-    }
-    hub = make_folder(tmp_path / "hub", raw | {"text_config": raw["text_config"] | {"vocab_size": 32064}})
+    raw = random_config(
+        vocab_size=32000,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    ) | {"image_token_index": 32000}
+    hub = make_folder(
+        tmp_path / "hub", raw | {"text_config": raw["text_config"] | {"vocab_size": 32064}}
+    )
     write_llama_tokenizer(hub)
     weights = load_file(hub / "model.safetensors")
     original = tmp_path / "original"
     original.mkdir()
-    cut = {renamed(name, "original"): tensor[:32000].clone() if len(tensor) == 32064 else tensor for name, tensor in weights.items()}
+    cut = {
+        renamed(name, "original"): tensor[:32000].clone() if len(tensor) == 32064 else tensor
+        for name, tensor in weights.items()
+    }
     save_file(cut, original / "model.safetensors")
     (original / "config.json").write_text(json.dumps(original_config(raw)))
     tokenizer = json.loads((hub / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = tokenizer["added_tokens"][:3]
     (original / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="names the vision tower 'openai/clip-tower', which is not here.*as clip-tower"):
+    with pytest.raises(
+        ValueError,
+        match="names the vision tower 'openai/clip-tower', which is not here.*as clip-tower",
+    ):
         VladVA.from_pretrained(original)
     tower = tmp_path / "clip-tower"
     tower.mkdir()
@@ -297,12 +393,16 @@ def test_the_original_layout_embeds_without_an_image_token_of_its_own(tmp_path):
     shutil.copy(hub / "preprocessor_config.json", tower)
     picture = Image.fromarray(drawn_picture((50, 40)))
     models = [VladVA.from_pretrained(folder) for folder in (hub, original)]
-    assert models[1].image_sequence().ids != models[0].image_sequence().ids  # the placeholder is another
+    assert (
+        models[1].image_sequence().ids != models[0].image_sequence().ids
+    )  # the placeholder is another
     assert torch.equal(*(model.encode_image([picture]) for model in models))
     assert models[0].generate(picture, "where?", 8) == models[1].generate(picture, "where?", 8)
     models[1].attach()
     models[1].save_merged(tmp_path / "merged")
-    assert torch.equal(load_lvlm(tmp_path / "merged").head.weight[:32000], models[0].lvlm.head.weight[:32000])
+    assert torch.equal(
+        load_lvlm(tmp_path / "merged").head.weight[:32000], models[0].lvlm.head.weight[:32000]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ sampling
@@ -311,26 +411,44 @@ def test_the_original_layout_embeds_without_an_image_token_of_its_own(tmp_path):
 def test_top_p_keeps_the_likeliest_tokens_and_the_temperature_scales_logits():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     logits, generator = p.log().expand(20000, -1), torch.Generator().manual_seed(0)
-    share = lambda **kind: torch.bincount(lvlm_module.next_token(logits, lvlm_module.Sampling(**kind), generator), minlength=4) / 20000
+    share = lambda **kind: (
+        torch.bincount(
+            lvlm_module.next_token(logits, lvlm_module.Sampling(**kind), generator), minlength=4
+        )
+        / 20000
+    )
     near = dict(atol=0.015, rtol=0)  # four standard deviations of 20,000 draws
     torch.testing.assert_close(share(temperature=1.0), p[0], **near)
     torch.testing.assert_close(share(temperature=0.5), p[0].square() / p.square().sum(), **near)
-    torch.testing.assert_close(share(temperature=1.0, top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), **near)
+    torch.testing.assert_close(
+        share(temperature=1.0, top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), **near
+    )
     assert share(temperature=1.0, top_p=1e-6).tolist() == share().tolist() == [1, 0, 0, 0]
     for bad in (dict(temperature=-1), dict(top_p=0), dict(top_p=1.5)):
         with pytest.raises(ValueError, match="wanted"):
             lvlm_module.Sampling(**bad)
 
 
-def test_the_same_seed_samples_the_same_text_and_adapters_off_is_the_original(random_folder, random_model):
+def test_the_same_seed_samples_the_same_text_and_adapters_off_is_the_original(
+    random_folder, random_model
+):
     """To the token: with a shaken adapter switched off, greedy and sampled text are those of the model without one."""
-    untouched, picture = VladVA.from_pretrained(random_folder), Image.new("RGB", (96, 96), (200, 30, 30))
+    untouched, picture = (
+        VladVA.from_pretrained(random_folder),
+        Image.new("RGB", (96, 96), (200, 30, 30)),
+    )
     told = lambda model, **kind: model.generate(picture, "where?", 24, **kind)
     hot = dict(temperature=1.5, top_p=0.95)
-    assert told(untouched, **hot, seed=1) == told(untouched, **hot, seed=1) != told(untouched, **hot, seed=2)
+    assert (
+        told(untouched, **hot, seed=1)
+        == told(untouched, **hot, seed=1)
+        != told(untouched, **hot, seed=2)
+    )
     assert told(random_model, **hot, seed=3) != told(untouched, **hot, seed=3)
     with random_model.adapter_disabled():
-        assert told(random_model) == told(untouched) and told(random_model, **hot, seed=3) == told(untouched, **hot, seed=3)
+        assert told(random_model) == told(untouched) and told(random_model, **hot, seed=3) == told(
+            untouched, **hot, seed=3
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ names, the cache, the hub
@@ -353,32 +471,74 @@ def hub_cache(home, repo, source):
 
 def command(home, *arguments, **environment):
     """Run a command line of this project in a process of its own with HF_HOME set."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))} | {"HF_HOME": str(home), **environment}
-    return subprocess.run([sys.executable, *arguments], cwd=data.TINY.parents[1], env=env, capture_output=True, text=True, timeout=120)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))} | {
+        "HF_HOME": str(home),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=data.TINY.parents[1],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_a_name_runs_on_the_hubs_cache(random_folder, tmp_path):
     hub_cache(tmp_path / "home", "llava-hf/llava-1.5-7b-hf", random_folder)
-    flags = ["--steps", "1", "--batch", "2", "--eval-gallery", "2", "--eval-items", "1", "--rank", "2", "--out", str(tmp_path / "run")]
-    done = command(tmp_path / "home", "train.py", "--model", "llava-1.5-7b", *flags, HF_HUB_OFFLINE="1")
+    flags = [
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--eval-gallery",
+        "2",
+        "--eval-items",
+        "1",
+        "--rank",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = command(
+        tmp_path / "home", "train.py", "--model", "llava-1.5-7b", *flags, HF_HUB_OFFLINE="1"
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "adapter.safetensors").exists() and "rendered scenes of 96 x 96 pixels, a demonstration" in done.stdout
+    assert (
+        tmp_path / "run" / "adapter.safetensors"
+    ).exists() and "rendered scenes of 96 x 96 pixels, a demonstration" in done.stdout
 
 
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
 def test_an_empty_cache_and_no_network_end_in_one_line(tmp_path, environment):
     start = time.time()
-    done = command(tmp_path, "train.py", "--model", "llava-1.5-7b", "--out", str(tmp_path / "run"), **environment)
+    done = command(
+        tmp_path,
+        "train.py",
+        "--model",
+        "llava-1.5-7b",
+        "--out",
+        str(tmp_path / "run"),
+        **environment,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and time.time() - start < 15
     for part in ("llava-hf/llava-1.5-7b-hf", str(tmp_path / "hub"), "--model FOLDER"):
         assert part in done.stderr
 
 
-def test_an_incomplete_cache_is_fetched_with_a_word_about_size_and_place(random_folder, tmp_path, monkeypatch, capsys):
+def test_an_incomplete_cache_is_fetched_with_a_word_about_size_and_place(
+    random_folder, tmp_path, monkeypatch, capsys
+):
     """The hub's client is replaced: what is asked of it is what counts."""
 
     class Info:
-        siblings = [type("File", (), {"rfilename": name, "size": 7_000_000_000})() for name in ("a.safetensors", "b.safetensors", "c.json", "d.bin")]
+        siblings = [
+            type("File", (), {"rfilename": name, "size": 7_000_000_000})()
+            for name in ("a.safetensors", "b.safetensors", "c.json", "d.bin")
+        ]
 
     asked = []
 
@@ -388,7 +548,9 @@ def test_an_incomplete_cache_is_fetched_with_a_word_about_size_and_place(random_
             raise data.LocalEntryNotFoundError("nothing")
         return str(random_folder)
 
-    monkeypatch.setattr(data, "HfApi", lambda: type("Api", (), {"model_info": lambda self, repo, **_: Info})())
+    monkeypatch.setattr(
+        data, "HfApi", lambda: type("Api", (), {"model_info": lambda self, repo, **_: Info})()
+    )
     monkeypatch.setattr(data, "snapshot_download", snapshot_download)
     assert data.model_folder("someone/some-llava") == random_folder
     assert asked == [("someone/some-llava", True), ("someone/some-llava", False)]
@@ -397,7 +559,10 @@ def test_an_incomplete_cache_is_fetched_with_a_word_about_size_and_place(random_
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/such", "/no/such", "a/b/c"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused_at_once(name):
-    with pytest.raises(ValueError, match=f"no model folder '{name}': give tiny, llava-1.5-7b, llava-1.5-13b, a hub id"):
+    with pytest.raises(
+        ValueError,
+        match=f"no model folder '{name}': give tiny, llava-1.5-7b, llava-1.5-13b, a hub id",
+    ):
         data.model_folder(name)
 
 
@@ -424,7 +589,10 @@ def test_an_original_config_that_cannot_be_honoured_is_refused_by_name(change, m
 def test_a_pickle_is_refused_by_name(random_folder, tmp_path):
     folder = shutil.copytree(random_folder, tmp_path / "pickled")
     shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle, which could run any code: convert it to safetensors"):
+    with pytest.raises(
+        ValueError,
+        match="pytorch_model.bin is a pickle, which could run any code: convert it to safetensors",
+    ):
         load_lvlm(folder)
     torch.save({"a": torch.ones(2)}, folder / "model.safetensors")  # a pickle under the right name
     with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
@@ -434,8 +602,16 @@ def test_a_pickle_is_refused_by_name(random_folder, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.update({"model.language_model.norm.weight": torch.ones(64)}), "is the same weight as"),
-        (lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.zeros(64, dtype=torch.int8)}), "linear_1.bias is stored as I8"),
+        (
+            lambda t: t.update({"model.language_model.norm.weight": torch.ones(64)}),
+            "is the same weight as",
+        ),
+        (
+            lambda t: t.update(
+                {"multi_modal_projector.linear_1.bias": torch.zeros(64, dtype=torch.int8)}
+            ),
+            "linear_1.bias is stored as I8",
+        ),
     ],
 )
 def test_doubled_and_quantised_weights_are_refused(random_folder, tmp_path, change, message):
@@ -452,15 +628,25 @@ def test_what_cannot_be_loaded_ends_in_one_line_before_any_training(random_folde
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     done = command(tmp_path, "train.py", "--model", str(folder), "--out", str(tmp_path / "run"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cut/model.safetensors cannot be read" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "cut/model.safetensors cannot be read" in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_do_not_fit_the_memory_are_refused_before_loading(random_folder, monkeypatch):
     count = sum(p.numel() for p in load_lvlm(random_folder).parameters())
-    for free, name, expected in ((9 * count, None, torch.float32), (7 * count, None, torch.bfloat16), (5 * count, "float32", torch.float32)):
+    for free, name, expected in (
+        (9 * count, None, torch.float32),
+        (7 * count, None, torch.bfloat16),
+        (5 * count, "float32", torch.float32),
+    ):
         monkeypatch.setattr(vladva, "free_bytes", lambda device, free=free: free)
         assert vladva.pick_dtype(name, "cpu", random_folder) == expected
-    with pytest.raises(ValueError, match="GB in float32, but cpu has .* GB free: try --dtype bfloat16"):
+    with pytest.raises(
+        ValueError, match="GB in float32, but cpu has .* GB free: try --dtype bfloat16"
+    ):
         monkeypatch.setattr(vladva, "free_bytes", lambda device: 3 * count)
         vladva.pick_dtype("float32", "cpu", random_folder)

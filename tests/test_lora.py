@@ -11,7 +11,9 @@ from model import FrozenLinear
 
 def small():
     torch.manual_seed(0)
-    return nn.ModuleDict({"q_proj": nn.Linear(12, 8, bias=False), "other": nn.Linear(12, 8, bias=False)})
+    return nn.ModuleDict(
+        {"q_proj": nn.Linear(12, 8, bias=False), "other": nn.Linear(12, 8, bias=False)}
+    )
 
 
 def shaken(module):
@@ -26,7 +28,9 @@ def test_layer_is_w0_plus_scaled_ba():
     assert lora.attach(module, rank=3, alpha=6) == 1  # "other" is no target
     layer = shaken(module)["q_proj"]
     wanted = x @ weight.T + (6 / 3) * x @ layer.lora_a.T @ layer.lora_b.T
-    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)  # float32 rounding in another order
+    torch.testing.assert_close(
+        layer(x), wanted, atol=1e-5, rtol=1e-5
+    )  # float32 rounding in another order
 
 
 def test_fresh_adapter_changes_nothing():
@@ -51,19 +55,27 @@ def test_merged_equals_unmerged():
     lora.attach(module, rank=3, alpha=6)
     unmerged = shaken(module)["q_proj"](x)
     assert lora.merge(module) == 1 and isinstance(module["q_proj"], nn.Linear)
-    torch.testing.assert_close(module["q_proj"](x), unmerged, atol=1e-5, rtol=1e-5)  # float32 rounding in another order
+    torch.testing.assert_close(
+        module["q_proj"](x), unmerged, atol=1e-5, rtol=1e-5
+    )  # float32 rounding in another order
 
 
 def test_only_a_and_b_get_gradients(random_model):
     names = {name.rsplit(".", 1)[-1] for name, _ in random_model.trained() if "lora" in name}
     assert names == {"lora_a", "lora_b"}
     layers = lora.lora_layers(random_model.lvlm)
-    assert len(layers) == 7 * random_model.lvlm.config.decoder.num_hidden_layers  # q, k, v, o, gate, up, down
+    assert (
+        len(layers) == 7 * random_model.lvlm.config.decoder.num_hidden_layers
+    )  # q, k, v, o, gate, up, down
     assert not any(layer.weight.requires_grad for _, layer in layers)
 
 
 @pytest.mark.parametrize(
-    "call, message", [(lambda m: lora.attach(m, 0, 1), "rank is 0"), (lambda m: lora.attach(m, 2, 2) and lora.attach(m, 2, 2), "LoRA layers already")]
+    "call, message",
+    [
+        (lambda m: lora.attach(m, 0, 1), "rank is 0"),
+        (lambda m: lora.attach(m, 2, 2) and lora.attach(m, 2, 2), "LoRA layers already"),
+    ],
 )
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
@@ -80,7 +92,10 @@ def test_a_layer_with_bias_keeps_it():
     layer = nn.init.normal_(module["q_proj"].lora_b) is not None and module["q_proj"]
     wanted = frozen + 1.5 * F.linear(F.linear(x, layer.lora_a), layer.lora_b)
     torch.testing.assert_close(layer(x), wanted)
-    gradients = [torch.autograd.grad(out.square().sum(), (x, layer.lora_a, layer.lora_b), retain_graph=True) for out in (layer(x), wanted)]
+    gradients = [
+        torch.autograd.grad(out.square().sum(), (x, layer.lora_a, layer.lora_b), retain_graph=True)
+        for out in (layer(x), wanted)
+    ]
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     with lora.disabled(module):
@@ -112,10 +127,14 @@ def test_the_written_out_gradients_are_autograds(dtype):
     nn.init.normal_(layer.lora_b)
     for shape in ((4, 6), (2, 3, 6)):
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
-        plain = F.linear(x, layer.weight) + 1.5 * F.linear(F.linear(x, layer.lora_a.to(dtype)), layer.lora_b.to(dtype))
+        plain = F.linear(x, layer.weight) + 1.5 * F.linear(
+            F.linear(x, layer.lora_a.to(dtype)), layer.lora_b.to(dtype)
+        )
         wanted = torch.autograd.grad(plain.square().sum(), (x, layer.lora_a, layer.lora_b))
         found = torch.autograd.grad(layer(x).square().sum(), (x, layer.lora_a, layer.lora_b))
-        bound = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+        bound = (
+            {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+        )
         torch.testing.assert_close(layer(x), plain, **bound)
         for a, b in zip(found, wanted):
             torch.testing.assert_close(a, b, **bound)
