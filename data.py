@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import hashlib
 import heapq
+import importlib
 import itertools
 import json
 import math
@@ -48,7 +49,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import DTYPES, ranks, read_config, read_json, shard_files, wait_for_ranks, write_json
+from model import (
+    ARCHITECTURES,
+    DTYPES,
+    ranks,
+    read_config,
+    read_json,
+    shard_files,
+    wait_for_ranks,
+    write_json,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -380,96 +390,11 @@ class ImageProcessor:
         return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())
 
 
-class PatchProcessor(ImageProcessor):
-    """Qwen2-VL's preprocessing: a picture keeps its shape, its sides become multiples of an image token's (28 pixels). After transformers'
-    image_processing_qwen2_vl; changed: still pictures only.
-
-    budget: (fewest, most) pixels after the resize; None: what preprocessor_config.json says (min_pixels and max_pixels, or the size of
-    newer files). The paper states no pixel budget.
-    """
-
-    def __init__(self, folder, config, mode, tower=None, budget=(None, None)):
-        path, self.vision = Path(folder) / "preprocessor_config.json", config.vision
-        self.read_steps(path)
-        if mode != "crop":
-            raise ValueError(
-                f"image mode is {mode!r}, but Qwen2-VL takes pictures whole, in their own shape: leave it out"
-            )
-        vision, size = config.vision, self.raw.get("size") or {}
-        known = (
-            self.raw.get("min_pixels", size.get("shortest_edge")),
-            self.raw.get("max_pixels", size.get("longest_edge")),
-        )
-        self.fewest, self.most = (
-            own if given is None else given for own, given in zip(known, budget)
-        )
-        if (
-            not (self.fewest and self.most)
-            or not vision.token_side**2 <= self.most >= self.fewest > 0
-        ):
-            raise ValueError(
-                f"pictures of {self.fewest} to {self.most} pixels ({path}, --min-pixels, --max-pixels): wanted two rising numbers, the second at "
-                f"least {vision.token_side**2}"
-            )
-        fixed = {"do_resize": True, "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
-                 "merge_size": vision.spatial_merge_size}  # fmt: skip
-        strange = {
-            name: self.raw[name]
-            for name, wanted in fixed.items()
-            if self.raw.get(name, wanted) != wanted
-        }
-        if strange:
-            raise ValueError(f"{path} says {strange}, but the vision tower needs {fixed}")
-        self.raw = self.raw | {"min_pixels": self.fewest, "max_pixels": self.most}
-        self.mode, self.largest = (
-            f"{self.fewest} to {self.most} pixels",
-            (math.isqrt(self.most) // vision.token_side,) * 2,
-        )  # a square's
-
-    def target(self, image):
-        """(width, height) nearest to the picture's own, multiples of an image token's side, their product within the budget."""
-        side, area = self.vision.token_side, image.width * image.height
-        if max(image.size) > 200 * min(image.size):
-            raise ValueError(
-                f"picture of {image.width} x {image.height}: Qwen2-VL takes no side over 200 times the other"
-            )
-        size = [round(edge / side) * side for edge in image.size]
-        if math.prod(size) > self.most:
-            size = [
-                max(1, math.floor(edge / math.sqrt(area / self.most) / side)) * side
-                for edge in image.size
-            ]
-        elif math.prod(size) < self.fewest:
-            size = [
-                math.ceil(edge * math.sqrt(self.fewest / area) / side) * side for edge in image.size
-            ]
-        return tuple(size)
-
-    def fitted(self, image):
-        return image.resize(self.target(image), self.resample)
-
-    def __call__(self, image):
-        """RGB picture -> (rows, columns, 4, numbers of a patch) float32: of every image token its 2 x 2 patches, each in two equal frames."""
-        pixels, vision = self.normalised(self.fitted(image)), self.vision
-        inside = (vision.spatial_merge_size, vision.patch_size)
-        tokens = pixels.unflatten(2, (-1, *inside)).unflatten(
-            1, (-1, *inside)
-        )  # (3, rows, m, side, columns, m, side)
-        patches = tokens.permute(1, 4, 2, 5, 0, 3, 6).flatten(
-            2, 3
-        )  # (rows, columns, 4, 3, side, side)
-        return (
-            patches.unsqueeze(4)
-            .expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1)
-            .flatten(3)
-        )
-
-
 def image_processor(folder, config, *how):
-    """The image processor that config.json's model_type asks for; its arguments are both classes'."""
-    return {"llava": ImageProcessor, "qwen2_vl": PatchProcessor}[config.model_type](
-        folder, config, *how
-    )
+    """The image processor that config.json's model_type asks for; its arguments are all classes'."""
+    module = ARCHITECTURES.get(config.model_type)
+    processor = importlib.import_module(module).image_processor if module else ImageProcessor
+    return processor(folder, config, *how)
 
 
 # ------------------------------------------------------------------------------------------------------ training pairs

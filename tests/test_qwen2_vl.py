@@ -32,6 +32,7 @@ import eval as benchmarks
 import lora
 import train as training
 import vladva
+from extras import qwen2_vl
 from model import LVLM, generate, load_lvlm, parse_config, place_image, to_ours
 from train import TrainConfig
 from vladva import Settings, VladVA
@@ -140,7 +141,7 @@ def test_outputs_equal_transformers_alone_and_in_one_batch(which, layout, tmp_pa
     reference, about = recorded("qwen")
     lvlm = load_lvlm(drawn_folder(tmp_path, about["config"], layout))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about["processor"]))
-    found = outputs(lvlm, data.PatchProcessor(tmp_path, lvlm.config, "crop"), which)
+    found = outputs(lvlm, qwen2_vl.PatchProcessor(tmp_path, lvlm.config, "crop"), which)
     assert found.keys() == {name for name in reference if int(name[-1]) in which}
     for name, value in found.items():
         exact = name.startswith(("positions", "greedy"))
@@ -173,7 +174,7 @@ class FakePicture:
 
 def processor(folder, config, budget=(None, None), mode="crop", **raw):
     (folder / "preprocessor_config.json").write_text(json.dumps(raw))
-    return data.PatchProcessor(folder, config, mode, None, budget)
+    return qwen2_vl.PatchProcessor(folder, config, mode, None, budget)
 
 
 def test_lora_on_biased_linears_equals_peft_before_and_after_merging(tmp_path):
