@@ -1,28 +1,19 @@
-"""Benchmarks: how well the embeddings of a model tell pictures and captions apart, and how right its captions are.
+"""Benchmarks: how well the embeddings of a model tell pictures and captions apart.
 
-    python eval.py --task scenes                              # the untouched tiny LVLM as an embedder
-    python eval.py --task scenes --adapter runs/tiny --json scores.json
-    python eval.py --task captions                            # the generative side: are the captions of held-out scenes right?
     python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine     # a published benchmark; torchrun splits the work
     python eval.py --task coco --folder DIR --embeddings clip.npz                        # the same metrics for any other system
     python eval.py --task paper coco.json ...                 # the paper's tables, with results of earlier runs beside them
-    python eval.py --task prompts                             # what the paper looks into, each with a picture in runs/analysis:
-    python eval.py --task attention --adapter runs/tiny       # prompts, tokens, attention, soft-prompts, layers, generation
 
 Metrics take embeddings, not models. The published benchmarks, where their files come from and what is measured: docs/evaluation.md.
 
-Not here: training (train.py), the formulas of the paper (vladva.py).
+Not here: training (train.py), the formulas of the paper (vladva.py), the scenes (extras/scenes.py), what the paper looks into
+(extras/studies.py).
 """
 
 import argparse
 import functools
 import hashlib
-import itertools
 import json
-import math
-import random
-import re
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,32 +24,17 @@ from tqdm import tqdm
 
 import data
 from data import add_model_flags, command, format_table, say
-from model import encode_over_ranks, ranks, read_json, sum_over_ranks, write_json
+from model import encode_over_ranks, ranks, read_json, sum_over_ranks
 from vladva import (
-    attention_density,
-    components_for,
-    cumulative_variance,
     load_model,
-    nearest_tokens,
     next_token_loss,
-    output_entropy,
-    rank_correlation,
     similarity,
-    summary_embedding,
 )
 
 DEV_SEED, TEST_SEED = (
     1000,
     2000,
 )  # settings are chosen on the scenes of DEV_SEED, results are reported on those of TEST_SEED
-CHANCE = {
-    "negatives": 50.0,
-    "ITT": 100 / 3,
-    "TOT": 100 / 3,
-    "text": 25.0,
-    "image": 25.0,
-    "group": 100 / 6,
-}  # percent
 
 # ------------------------------------------------------------------------------------------------------ metrics, in percent
 
@@ -138,22 +114,6 @@ def class_accuracy(image_emb, prompt_emb, label, ks=(1, 5)):
     return {f"top-{k}": 100 * (rank < k).double().mean().item() for k in ks}
 
 
-# ------------------------------------------------------------------------------------------------------ the scenes as a benchmark
-
-
-@dataclass(frozen=True)
-class SceneBenchmark:
-    """Pictures and texts, each once, and the tasks on them as indices."""
-
-    about: dict  # what it is, for the results
-    scenes: list  # rendered when they are encoded
-    texts: list
-    gallery: int  # the first so many scenes and texts are one retrieval gallery, text i describing scene i
-    negatives: dict  # {category: [(scene, true text, the same in other words, false text), ...]}
-    pairs: dict  # {kind: [((scene, scene), (text, text)), ...]}
-    ceiling: dict  # best R@1 that captions which fit several scenes allow
-
-
 class IndexedList:
     """A list in which a thing that is asked for again keeps its place, so that it is encoded once."""
 
@@ -165,99 +125,6 @@ class IndexedList:
             self.places[thing] = len(self.items)
             self.items.append(thing)
         return self.places[thing]
-
-
-def described_scene(seed, index):
-    """(scene, Caption) of a held-out scene of a seed."""
-    scene = data.make_scene(seed, index)
-    return scene, data.short_caption(scene, random.Random(f"captions {seed} {index}"))
-
-
-def scene_benchmark(seed, gallery=1000, items=500):
-    """Held-out scenes of one seed: a retrieval gallery, `items` hard negatives a category and `items` Winoground-like pairs a kind."""
-    scenes, texts = IndexedList(), IndexedList()
-    captions = []
-    for i in range(gallery):
-        scene, caption = described_scene(seed, i)
-        captions.append(caption)
-        scenes.places.setdefault(scene, i)
-        scenes.items.append(scene)
-        texts.items.append(str(captions[-1]))
-    negatives, pairs = {}, {}
-    for category in data.CATEGORIES:
-        drawn = (data.caption_triple(seed, i, category) for i in range(items))
-        negatives[category] = [
-            (scenes.index(scene), *map(texts.index, triple)) for scene, triple in drawn
-        ]
-    for kind in data.WINOGROUND_KINDS:
-        drawn = (data.scene_pair(seed, i, kind) for i in range(items))
-        pairs[kind] = [
-            (tuple(map(scenes.index, two)), tuple(map(texts.index, words))) for two, words in drawn
-        ]
-    fits = torch.tensor(
-        [[data.is_true(caption, scene) for caption in captions] for scene in scenes.items[:gallery]]
-    ).double()  # (gallery, gallery)
-    ceiling = {
-        "image_to_text": 100 * (1 / fits.sum(1)).mean().item(),
-        "text_to_image": 100 * (1 / fits.sum(0)).mean().item(),
-    }
-    about = {"task": "scenes", "scene_seed": seed, "gallery": gallery, "items": items}
-    return SceneBenchmark(about, scenes.items, texts.items, gallery, negatives, pairs, ceiling)
-
-
-def embed(model, benchmark, encode_image=None, encode_text=None):
-    """(image_emb, text_emb) of all its scenes and texts, on the host; under torchrun every process encodes its share.
-
-    encode_image, encode_text: what embeds them, the model's own when None.
-    """
-    size = model.lvlm.config.vision.image_size
-    encode_scenes = functools.partial(
-        encode_image or model.encode_image, read=lambda scene: data.render(scene, size)
-    )
-    return encode_over_ranks(encode_scenes, benchmark.scenes).cpu(), encode_over_ranks(
-        encode_text or model.encode_text, benchmark.texts
-    ).cpu()
-
-
-def score(benchmark, image_emb, text_emb):
-    """Every metric of the benchmark, in percent, as a dictionary that --json writes."""
-    sim = similarity(image_emb, text_emb)
-    results = dict(
-        benchmark.about,
-        retrieval=recall_at(
-            *(emb[: benchmark.gallery] for emb in (image_emb, text_emb)),
-            torch.arange(benchmark.gallery),
-        ),
-    )
-    results["negatives"], results["paraphrases"] = {}, {}
-    for category, items in benchmark.negatives.items():
-        scene, true, same, false = torch.tensor(items).T
-        results["negatives"][category] = negative_accuracy(sim[scene, true], sim[scene, false])
-        triple = torch.stack([true, same, false])
-        results["paraphrases"][category] = paraphrase_accuracy(
-            sim[scene, triple].T, *text_emb[triple]
-        )
-    by_group = {
-        group: [c for c in benchmark.negatives if data.CATEGORIES[c] == group]
-        for group in ("Replace", "Swap", "Add")
-    }
-    mean = lambda values: sum(values) / len(values)
-    results["groups"] = {
-        group: mean([results["negatives"][c] for c in members])
-        for group, members in by_group.items()
-    }
-    results["paraphrase_groups"] = {
-        group: {
-            name: mean([results["paraphrases"][c][name] for c in members])
-            for name in ("ITT", "TOT")
-        }
-        for group, members in by_group.items()
-    }
-    results["winoground"] = {}
-    for kind, items in benchmark.pairs.items():
-        scenes, texts = (torch.tensor(part) for part in zip(*items))  # (items, 2) each
-        results["winoground"][kind] = winoground_scores(sim[scenes[:, :, None], texts[:, None, :]])
-    return dict(results, ceiling=benchmark.ceiling)
 
 
 @torch.no_grad()
@@ -284,50 +151,17 @@ def caption_loss(model, captioned, batch=32):
     return {"loss": loss / tokens, "tokens": int(tokens)}
 
 
-def captioned_scenes(seed, count, size):
-    """[(picture, long caption), ...] of the first `count` held-out scenes of a seed."""
-    scenes = [data.make_scene(seed, i) for i in range(count)]
-    return [
-        (data.render(scene, size), data.long_caption(scene, random.Random(f"long {seed} {i}")))
-        for i, scene in enumerate(scenes)
-    ]
+# ------------------------------------------------------------------------------------------------------ held-out rows of a run
+
+LONG_CAPTIONS = 300  # held-out long captions whose next-token loss is measured
 
 
-def score_rows(results):
-    """[(label, chance, ceiling, value)] of a result, in the order of the table."""
-    gallery, rows = results["gallery"], []
-    for direction, label in (
-        ("image_to_text", "image to text"),
-        ("text_to_image", "text to image"),
-    ):
-        for name, value in results["retrieval"][direction].items():
-            k = int(name[2:])
-            rows.append(
-                (
-                    f"{label} {name}",
-                    100 * k / gallery,
-                    results.get("ceiling", {}).get(direction) if k == 1 else None,
-                    value,
-                )
-            )
-    for group in results.get("groups", {}):
-        members = [c for c in results["negatives"] if data.CATEGORIES[c] == group]
-        rows += [
-            (c.replace("_", " "), CHANCE["negatives"], None, results["negatives"][c])
-            for c in members
-        ]
-        rows.append((f"{group}, mean", CHANCE["negatives"], None, results["groups"][group]))
-    for group, scores in results.get("paraphrase_groups", {}).items():
-        rows += [
-            (f"{group}, with a paraphrase: {name}", CHANCE[name], None, scores[name])
-            for name in ("ITT", "TOT")
-        ]
-    for kind, scores in results.get("winoground", {}).items():
-        rows += [
-            (f"pairs, {kind} exchanged: {name}", CHANCE[name], None, value)
-            for name, value in scores.items()
-        ]
-    return rows
+@dataclass(frozen=True)
+class Measured:
+    """Scores and the gallery's similarity table, (pictures, captions)."""
+
+    results: dict
+    sim: torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------------ published benchmarks
@@ -838,621 +672,7 @@ def run_paper(args):
         )
 
 
-# ------------------------------------------------------------------------------------------------------ captions of scenes
-
-
-def read_caption(text):
-    """{(colour, shape): position} of every object that a long caption names with a place."""
-    colours, shapes, places = (
-        "|".join(map(re.escape, words))
-        for words in (data.COLOURS, data.SHAPES, sorted(data.POSITIONS, key=len, reverse=True))
-    )
-    found = {}
-    for sentence in text.split("."):
-        kinds, where = (
-            re.findall(rf"\b({colours}) ({shapes})\b", sentence),
-            re.findall(rf"(?<![\w-])({places})(?![\w-])", sentence),
-        )
-        if len(kinds) == 1 and len(where) == 1:
-            found.setdefault(kinds[0], where[0])
-    return found
-
-
-def caption_accuracy(model, seed, count=300):
-    """How right are the model's own words? Greedy captions of held-out scenes, and "where is ...?" for one object each; percent.
-
-    named: objects whose colour and shape the caption gives; placed: those it also puts in the right place; invented: objects of the
-    captions that are not there, per 100 real ones; where: questions answered right.
-    """
-    (rank, processes), size = ranks(), model.lvlm.config.vision.image_size
-    mine = range(rank, count, processes)
-    named = placed = invented = right = total = 0
-    for start in tqdm(
-        range(0, len(mine), 100), desc="captioning scenes", leave=False, disable=None
-    ):
-        part = [data.make_scene(seed, i) for i in mine[start : start + 100]]
-        pictures = [data.render(scene, size) for scene in part]
-        captions = model.generate_batch(
-            pictures, [model.settings.detail_prompt] * len(part), max_new_tokens=120
-        )
-        asked = [
-            random.Random(f"where {seed} {i}").choice(scene.things)
-            for i, scene in zip(mine[start:], part)
-        ]
-        answers = model.generate_batch(
-            pictures, [f"where is the {' '.join(thing.kind)}?" for thing in asked], max_new_tokens=8
-        )
-        right += sum(answer == data.POSITIONS[thing.cell] for answer, thing in zip(answers, asked))
-        for scene, caption in zip(part, captions):
-            told, real = (
-                read_caption(caption),
-                {thing.kind: data.POSITIONS[thing.cell] for thing in scene.things},
-            )
-            named += len(told.keys() & real.keys())
-            placed += len(told.items() & real.items())
-            invented += len(told.keys() - real.keys())
-            total += len(scene.things)
-    named, placed, invented, right, total = sum_over_ranks(
-        torch.tensor([named, placed, invented, right, total], device=model.lvlm.device)
-    ).tolist()
-    scores = {
-        "named": 100 * named / total,
-        "placed": 100 * placed / total,
-        "invented": 100 * invented / total,
-        "where": 100 * right / count,
-    }
-    return {"task": "captions", "scene_seed": seed, "scenes": count, "objects": total, **scores}
-
-
-# ------------------------------------------------------------------------------------------------------ what the paper looks into
-
-PROMPTS = (
-    PAPER.parent / "prompts.json"
-)  # 50 pairs of an image and a text prompt, in words that the tiny model can read
-
-
-def testbed(model, args):
-    """(pictures, captions): --items held-out scenes with a short caption each, or as many rows of a pairs file."""
-    if args.data == "scenes":
-        drawn, size = (
-            [described_scene(args.seed, i) for i in range(args.items)],
-            model.lvlm.config.vision.image_size,
-        )
-        return [data.render(scene, size) for scene, _ in drawn], [
-            str(caption) for _, caption in drawn
-        ]
-    rows = data.Pairs(args.data, model.tokenizer).held_out(args.items)
-    if len(rows) < 2:
-        raise ValueError(
-            f"{args.data} and --items {args.items} give {len(rows)} rows with a short caption: at least 2 are needed"
-        )
-    return [row["image"] for row in rows], [row["short"][0] for row in rows]
-
-
-def before_and_after(model):
-    """Yields "before", while the adapter is switched off, and then "after" when there is one."""
-    with model.adapter_disabled():
-        yield "before"
-    if model.adapted:
-        yield "after"
-
-
-def recall_both(image_emb, text_emb):
-    """R@1 of pictures and captions that belong together row by row: {"image to text R@1": percent, "text to image R@1": percent}."""
-    found = recall_at(image_emb.cpu(), text_emb.cpu(), torch.arange(len(image_emb)), ks=(1,))
-    return {
-        f"{direction.replace('_', ' ')} R@1": values["R@1"] for direction, values in found.items()
-    }
-
-
-def summary_measures(model, pictures, captions):
-    """The paper's measures of a prompt pair (Sec. 3.1), on the summary tokens of pictures and captions that belong together.
-
-    Entropies in nats (means), the cumulative variance and how many principal components hold 90 % of it, and R@1 in percent.
-    """
-    states, measures = (
-        {"image": model.image_states(pictures), "text": model.text_states(captions)},
-        {},
-    )
-    for modality, state in states.items():
-        entropy = torch.cat(
-            [
-                output_entropy(model.lvlm.head(part.to(model.lvlm.compute_dtype)))
-                for part in state.split(256)
-            ]
-        )
-        variance = cumulative_variance(summary_embedding(state))
-        measures |= {
-            f"{modality} entropy": entropy.mean().item(),
-            f"{modality} components": components_for(variance),
-        }
-        measures[f"{modality} variance"] = [round(share, 4) for share in variance.tolist()]
-    return measures | recall_both(*map(summary_embedding, states.values()))
-
-
-def run_prompts(model, args):
-    """Figs. 2, 3 and 5: what a good prompt is."""
-    pictures, captions = testbed(model, args)
-    pairs, rows = read_json(args.prompts), []
-    if (
-        not isinstance(pairs, list)
-        or any(not isinstance(pair, dict) or set(pair) != {"image", "text"} for pair in pairs)
-        or len(pairs) < 2
-    ):
-        raise ValueError(
-            f'{args.prompts}: wanted a list of two or more {{"image": prompt, "text": prompt}}, as assets/prompts.json'
-        )
-    for pair in tqdm(pairs, desc="prompts", disable=None):
-        measures = summary_measures(
-            model.with_prompts(pair["image"], pair["text"]), pictures, captions
-        )
-        both = {
-            name: (measures[f"image {name}"] + measures[f"text {name}"]) / 2
-            for name in ("entropy", "components")
-        }
-        both["R@1"] = (measures["image to text R@1"] + measures["text to image R@1"]) / 2
-        rows.append(
-            {"image prompt": pair["image"], "text prompt": pair["text"], **both, **measures}
-        )
-    rows.sort(key=lambda row: row["entropy"])
-    columns = {
-        name: torch.tensor([float(row[name]) for row in rows])
-        for name in ("entropy", "components", "R@1")
-    }
-    varied = [
-        name for name, values in columns.items() if len(values.unique()) > 1
-    ]  # a constant one has no order
-    correlations = {
-        f"{a} and {b}": rank_correlation(columns[a], columns[b])
-        for a, b in itertools.combinations(varied, 2)
-    }
-    say(
-        format_table(
-            ["image prompt, by entropy", *columns],
-            [[row["image prompt"], *(f"{row[name]:.2f}" for name in columns)] for row in rows],
-        )
-    )
-    for names, (rho, p) in correlations.items():
-        say(f"Spearman's rho of {names}: {rho:.2f} (p = {p:.4f}, {len(rows)} prompt pairs)")
-    about = {
-        "pictures": len(pictures),
-        "correlations": {names: {"rho": rho, "p": p} for names, (rho, p) in correlations.items()},
-    }
-    return about | {"prompts": rows}, draw_prompts
-
-
-def draw_prompts(plt, results):
-    """Entropy a prompt pair, cumulative variance coloured by entropy, retrieval against entropy."""
-    rows, colour = results["prompts"], plt.get_cmap("viridis")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
-    top, places = max(row["entropy"] for row in rows), range(1, len(rows) + 1)
-    for modality, marker in (("image", "o"), ("text", "^")):
-        left.plot(
-            places,
-            [row[f"{modality} entropy"] for row in rows],
-            marker,
-            markersize=3,
-            label=modality,
-        )
-        right.scatter([row["entropy"] for row in rows], [row[f"{modality} to {'text' if modality == 'image' else 'image'} R@1"] for row in rows],
-                      marker=marker, s=12, label=f"{modality} query")  # fmt: skip
-    left.set(
-        title="entropy of the next token (Fig. 2)",
-        xlabel="prompt pairs, by mean entropy",
-        ylabel="nats",
-    )
-    for row in rows:
-        middle.plot(
-            *zip(*enumerate(row["image variance"][:40], start=1)),
-            color=colour(row["entropy"] / top),
-            linewidth=0.8,
-        )
-    middle.axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
-    middle.set(
-        title="cumulative variance, images (Fig. 3)",
-        xlabel="principal components",
-        ylabel="share of the variance",
-    )
-    figure.colorbar(
-        plt.cm.ScalarMappable(plt.Normalize(0, top), colour), ax=middle, label="entropy (nats)"
-    )
-    rho = results["correlations"].get("entropy and R@1", {}).get("rho", math.nan)
-    right.set(
-        title=f"zero-shot retrieval (Fig. 5), rho = {rho:.2f}",
-        xlabel="entropy (nats)",
-        ylabel="R@1 (percent)",
-    )
-    left.legend()
-    right.legend()
-    return figure
-
-
-def run_tokens(model, args, shown=3, top=6):
-    """Fig. 4 and Sec. 3.4: the likeliest next tokens at the summary token, entropy, and spread of the embeddings, before and after."""
-    pictures, captions = testbed(model, args)
-    results = {
-        "pictures": len(pictures),
-        "captions": captions[:shown],
-        "measures": {},
-        "tokens": {},
-    }
-    for when in before_and_after(model):
-        results["measures"][when] = summary_measures(model, pictures, captions)
-        states = {
-            "image": model.image_states(pictures[:shown]),
-            "text": model.text_states(captions[:shown]),
-        }
-        likely = {
-            name: model.lvlm.head(state.to(model.lvlm.compute_dtype)).float().softmax(-1).topk(top)
-            for name, state in states.items()
-        }
-        results["tokens"][when] = {
-            modality: [
-                [[model.tokenizer.decode([t]), q] for t, q in zip(*row)]
-                for row in zip(best.indices.tolist(), best.values.tolist())
-            ]
-            for modality, best in likely.items()
-        }
-    numbers = [
-        name for name, value in results["measures"]["before"].items() if not isinstance(value, list)
-    ]
-    say(
-        format_table(
-            ["", *results["measures"]],
-            [[n, *(f"{m[n]:.2f}" for m in results["measures"].values())] for n in numbers],
-        )
-    )
-    for when, tokens in results["tokens"].items():
-        for modality, rows in tokens.items():
-            for number, row in enumerate(rows):
-                say(
-                    f"{when}, {modality} {number}: "
-                    + "  ".join(f"{token} {100 * q:.1f}%" for token, q in row)
-                )
-    return results, functools.partial(draw_tokens, pictures=pictures[:shown])
-
-
-def draw_tokens(plt, results, pictures):
-    """A row a picture: the picture, and the likeliest tokens of it and of its caption, before and after."""
-    columns = [(when, modality) for when in results["tokens"] for modality in ("image", "text")]
-    figure, axes = plt.subplots(
-        len(pictures), 1 + len(columns), figsize=(9.5, 1.8 * len(pictures)), layout="constrained"
-    )
-    for number, (line, picture, caption) in enumerate(
-        zip(axes.reshape(len(pictures), -1), pictures, results["captions"])
-    ):
-        line[0].imshow(data.open_image(picture))
-        line[0].set_title(textwrap.fill(caption, 22, break_on_hyphens=False), fontsize=7)
-        line[0].axis("off")
-        for axis, (when, modality) in zip(line[1:], columns):
-            words, shares = zip(*results["tokens"][when][modality][number])
-            axis.barh(
-                range(len(words)),
-                [100 * share for share in shares],
-                color="C0" if when == "before" else "C1",
-            )
-            axis.set_yticks(range(len(words)), [word.strip() or repr(word) for word in words])
-            axis.invert_yaxis()
-            axis.set_title(f"{when}, {modality} (percent)")
-    return figure
-
-
-def run_attention(model, args):
-    """Fig. 6: attention of the summary token to the image tokens, its density over all heads, before and after; drawn for the first picture."""
-    pictures, _ = testbed(model, args)
-    results, maps = {"pictures": len(pictures), "density": {}}, {}
-    for when in before_and_after(model):
-        every = [
-            model.summary_attention(picture).cpu()
-            for picture in tqdm(pictures, desc=f"attention {when}", leave=False, disable=None)
-        ]
-        given, (entropy, share) = (
-            torch.stack([each.sum(-1).mean() for each in every]),
-            zip(*map(attention_density, every)),
-        )
-        results["density"][when] = {
-            "entropy": torch.stack([each.mean() for each in entropy]).mean().item(),
-            "share of patches with 90 % of the mass": torch.stack([each.mean() for each in share])
-            .mean()
-            .item(),
-            "mass on the picture": given.mean().item(),
-        }
-        maps[when] = every[0]
-    results["entropy when uniform"] = math.log(maps["before"].shape[-1])
-    names = list(results["density"]["before"])
-    say(
-        format_table(
-            ["mean over heads and pictures", *maps],
-            [[n, *(f"{d[n]:.3f}" for d in results["density"].values())] for n in names],
-        )
-    )
-    say(f"entropy of a uniform map: {results['entropy when uniform']:.3f}")
-    mass = maps["before"].sum(
-        -1
-    )  # (layers, H): the head of a layer that looks at the picture most before adaptation is drawn
-    layers = torch.linspace(0, len(mass) - 1, min(4, len(mass))).round().long().tolist()
-    chosen = [(layer, mass[layer].argmax().item()) for layer in layers]
-    first = data.open_image(pictures[0])
-    seen, grid = (
-        np.asarray(model.image_processor.fitted(first)) / 255,
-        model.prepared([first])[1][0],
-    )
-    return results, functools.partial(
-        draw_attention, maps=maps, chosen=chosen, pixels=seen, grid=grid
-    )
-
-
-def draw_attention(plt, results, maps, chosen, pixels, grid):
-    """A row before and one after, a column a head: its map over the greyed picture, with the share of patches that holds 90 % of the mass."""
-    figure, axes = plt.subplots(
-        len(maps),
-        1 + len(chosen),
-        figsize=(1.9 * (1 + len(chosen)), 2.3 * len(maps)),
-        layout="constrained",
-        squeeze=False,
-    )
-    gray = pixels.mean(-1)
-    extent = (0, gray.shape[1], gray.shape[0], 0)
-    for line, (when, weights) in zip(axes, maps.items()):
-        line[0].imshow(pixels)
-        line[0].set_title(when)
-        for axis, (layer, head) in zip(line[1:], chosen):
-            one = weights[layer, head]
-            axis.imshow(gray, cmap="gray", vmin=0, vmax=1)
-            axis.imshow(
-                (one.view(grid) / one.max()).numpy(),
-                cmap="inferno",
-                alpha=0.65,
-                extent=extent,
-                vmin=0,
-                vmax=1,
-            )
-            _, share = attention_density(one)
-            axis.set_title(
-                f"layer {layer + 1}, head {head + 1}\n90 % in {100 * share:.0f} % of patches"
-            )
-        for axis in line:
-            axis.axis("off")
-    return figure
-
-
-def run_soft_prompts(model, args):
-    """Sec. 5.1: each learned vector as the nearest token, with its cosine."""
-    if not model.soft_prompts:
-        raise ValueError(
-            "no soft prompts to decode: --adapter names the folder of a run that trained them"
-        )
-    results = {}
-    for modality, vectors in model.soft_prompts.items():
-        sequence = model.image_sequence() if modality == "image" else model.text_sequence("a")
-        hand = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
-        ids, cosine = nearest_tokens(vectors.detach(), model.lvlm.decoder.embed_tokens.weight)
-        word = model.tokenizer.inner.decode
-        results[modality] = [
-            [word([h]), word([i], skip_special_tokens=False), c]
-            for h, i, c in zip(hand, ids.tolist(), cosine.tolist())
-        ]
-        say(
-            format_table(
-                [f"{modality} prompt", "nearest token", "cosine"],
-                [[repr(a), repr(b), f"{c:.3f}"] for a, b, c in results[modality]],
-            )
-        )
-    return results, draw_soft_prompts
-
-
-def draw_soft_prompts(plt, results):
-    """Cosine of each learned vector with its nearest token, which stands below; in orange where it is not the hand prompt's."""
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(4.7 * len(results), 2.6), layout="constrained", squeeze=False
-    )
-    for axis, (modality, rows) in zip(axes[0], results.items()):
-        axis.bar(
-            range(len(rows)),
-            [c for _, _, c in rows],
-            color=["C0" if hand == near else "C1" for hand, near, _ in rows],
-        )
-        axis.set_xticks(
-            range(len(rows)),
-            [near.strip() or repr(near) for _, near, _ in rows],
-            rotation=45,
-            ha="right",
-        )
-        axis.set(title=f"{modality} soft prompt", ylabel="cosine with its nearest token")
-    return figure
-
-
-def run_layers(model, args):
-    """Supplement, Table 6: embeddings from every layer, before and after. States between layers have not met the final norm."""
-    pictures, captions = testbed(model, args)
-    benchmark = (
-        scene_benchmark(args.seed, gallery=2, items=min(args.items, 200))
-        if args.data == "scenes"
-        else None
-    )
-    results = {"pictures": len(pictures), "layers": {}}
-    for when in before_and_after(model):
-        for depth in range(1, len(model.lvlm.decoder.layers) + 1):
-            encode_image = lambda items, depth=depth, **more: summary_embedding(
-                model.image_states(items, depth=depth, **more)
-            )
-            encode_text = lambda items, depth=depth: summary_embedding(
-                model.text_states(items, depth=depth)
-            )
-            scores = recall_both(encode_image(pictures), encode_text(captions))
-            if benchmark:
-                scores |= score(benchmark, *embed(model, benchmark, encode_image, encode_text))[
-                    "groups"
-                ]
-            results["layers"].setdefault(when, []).append(scores)
-    for when, rows in results["layers"].items():
-        say(
-            format_table(
-                [f"layer, {when}", *rows[0]],
-                [
-                    [str(n), *(f"{v:.1f}" for v in row.values())]
-                    for n, row in enumerate(rows, start=1)
-                ],
-            )
-        )
-    return results, draw_layers
-
-
-def draw_layers(plt, results):
-    """A line a score over the layers, dashed before, solid after."""
-    figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-    for when, rows in results["layers"].items():
-        for n, name in enumerate(rows[0]):
-            line = "--" if when == "before" else "-"
-            axis.plot(
-                range(1, len(rows) + 1),
-                [row[name] for row in rows],
-                line,
-                color=f"C{n}",
-                marker="o",
-                markersize=3,
-                label=f"{name}, {when}",
-            )
-    axis.set(
-        xlabel="decoder layer that the embedding is taken from",
-        ylabel="percent",
-        xticks=range(1, len(rows) + 1),
-    )
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-ASKED = ("Describe the image in detail.", "Describe the image briefly.", "What is in the image?")
-
-
-def run_generation(args):
-    """Fig. 7: answers of the base, of --adapter on and off, and of --rival (an E5-V-style adapter), to the same prompts."""
-    answers = {}
-    for name, adapter in (("base", None), ("adapter", args.adapter), ("rival", args.rival)):
-        if adapter or name == "base":
-            model = load_model(argparse.Namespace(**vars(args) | {"adapter": adapter}))
-            pictures = testbed(model, args)[0][: len(ASKED)]
-            tell = lambda model=model, pictures=pictures: [
-                model.generate_batch([p] * len(ASKED), ASKED, max_new_tokens=200) for p in pictures
-            ]
-            answers[name] = tell()
-            if name == "adapter":
-                with model.adapter_disabled():
-                    answers["adapter off"] = tell()
-    for picture in range(len(pictures)):
-        for number, prompt in enumerate(ASKED):
-            say(
-                f"\npicture {picture}: {prompt}\n"
-                + "\n".join(f"  {name}: {told[picture][number]}" for name, told in answers.items())
-            )
-    words = lambda told: (
-        sum(len(answer.split()) for each in told for answer in each) / (len(ASKED) * len(told))
-    )
-    results = {
-        "prompts": ASKED,
-        "answers": answers,
-        "words an answer": {name: words(told) for name, told in answers.items()},
-    }
-    if "adapter off" in answers:
-        results["adapter off equals base"] = answers["adapter off"] == answers["base"]
-        say(f"\nadapter off = base, to the letter: {results['adapter off equals base']}")
-    return results, functools.partial(draw_generation, pictures=pictures)
-
-
-def draw_generation(plt, results, pictures):
-    """A row a picture with the answers to the first prompt."""
-    figure, axes = plt.subplots(
-        len(pictures),
-        2,
-        figsize=(9.5, 1.7 * len(pictures)),
-        width_ratios=(1, 6),
-        layout="constrained",
-        squeeze=False,
-    )
-    for number, ((shown, told), picture) in enumerate(zip(axes, pictures)):
-        shown.imshow(data.open_image(picture))
-        text = "\n".join(
-            textwrap.fill(
-                f"{name}: {answers[number][0]}",
-                122,
-                subsequent_indent="    ",
-                break_on_hyphens=False,
-            )
-            for name, answers in results["answers"].items()
-        )
-        told.text(0, 1, f"{results['prompts'][0]}\n\n{text}", va="top")
-        for axis in (shown, told):
-            axis.axis("off")
-    return figure
-
-
-STUDIES = {
-    "prompts": run_prompts,
-    "tokens": run_tokens,
-    "attention": run_attention,
-    "soft-prompts": run_soft_prompts,
-    "layers": run_layers,
-}
-
-
-def run_study(args):
-    """One look into the model: a table, OUT/<task>.json and OUT/<task>.png."""
-    if args.task == "generation":
-        results, draw = run_generation(args)
-    else:
-        results, draw = STUDIES[args.task](load_model(args), args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "task": args.task,
-        "model": args.model,
-        "adapter": args.adapter,
-        "data": args.data,
-        "seed": args.seed,
-    }
-    write_json(out / f"{args.task}.json", about | results)
-    say(f"written: {out / args.task}.json")
-    save_picture(out / f"{args.task}.png", lambda plt: draw(plt, results))
-
-
-def save_picture(path, draw):
-    """Save the matplotlib figure that draw(pyplot) makes; without matplotlib, one line that says how to get it."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return say(
-            f"{path} not drawn: matplotlib is not installed (pip install matplotlib); the numbers are in {Path(path).with_suffix('.json')}"
-        )
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 8, "axes.titlesize": 8}):
-        figure = draw(pyplot)
-        figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    say(f"written: {path}")
-
-
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-def score_table(columns):
-    """A table of results side by side. columns: {heading: results}; chance and ceiling stand beside them."""
-    rows = [score_rows(results) for results in columns.values()]
-    show = lambda value: "" if value is None else f"{value:.1f}"
-    body = [
-        [first[0], show(first[1]), show(first[2]), *(show(row[3]) for row in same)]
-        for same in zip(*rows)
-        for first in same[:1]
-    ]
-    return format_table(["percent", "chance", "ceiling", *columns], body)
-
-
-def run_scenes(model, args):
-    benchmark = scene_benchmark(args.seed, args.gallery, args.items)
-    results = score(benchmark, *embed(model, benchmark))
-    say(score_table({"this model": results}))
-    return results
 
 
 def run_published(args):
@@ -1499,26 +719,6 @@ def run_published(args):
     return results
 
 
-def run_captions(model, args):
-    results = caption_accuracy(model, args.seed, args.items)
-    labels = {
-        "named": "objects with the right colour and shape",
-        "placed": "... and in the right place",
-        "invented": "invented objects per 100 real ones",
-        "where": '"where is the ...?" answered right',
-    }
-    say(
-        format_table(
-            ["percent", "this model"],
-            [[label, f"{results[name]:.1f}"] for name, label in labels.items()],
-        )
-    )
-    return results
-
-
-OWN_TASKS = {"scenes": run_scenes, "captions": run_captions}
-
-
 def command_line():
     """The parser of the flags."""
     parser = argparse.ArgumentParser(
@@ -1533,32 +733,10 @@ def command_line():
     )
     parser.add_argument(
         "--task",
-        choices=sorted([*OWN_TASKS, *LOADERS, *STUDIES, "generation", "paper"]),
-        default="scenes",
+        choices=sorted([*LOADERS, "paper"]),
+        required=True,
     )
     add_model_flags(parser)
-    parser.add_argument(
-        "--rival",
-        metavar="DIR",
-        help="a second adapter beside --adapter (generation), such as one trained with --loss text-text",
-    )
-    parser.add_argument(
-        "--data",
-        default="scenes",
-        help="what the studies look at: scenes, or a pairs file (default: scenes)",
-    )
-    parser.add_argument(
-        "--prompts",
-        default=str(PROMPTS),
-        metavar="FILE.json",
-        help='list of {"image": ..., "text": ...} (prompts)',
-    )
-    parser.add_argument(
-        "--out",
-        default="runs/analysis",
-        metavar="DIR",
-        help="where a study writes its numbers and its picture",
-    )
     parser.add_argument(
         "--folder",
         default=".",
@@ -1606,18 +784,6 @@ def command_line():
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that read pictures ahead (default: 0)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=TEST_SEED, help=f"of the held-out scenes (default: {TEST_SEED})"
-    )
-    parser.add_argument(
-        "--gallery", type=int, default=1000, help="scenes in the retrieval gallery (default: 1000)"
-    )
-    parser.add_argument(
-        "--items",
-        type=int,
-        default=500,
-        help="items per category, or captioned scenes (default: 500)",
-    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
     return parser
 
@@ -1625,24 +791,11 @@ def command_line():
 @command
 def main(argv=None):
     args = command_line().parse_args(argv)
-    if args.gallery < 2 or args.items < 1 or args.captions < 0 or args.workers < 0:
-        raise ValueError(
-            f"--gallery {args.gallery} --items {args.items} --captions {args.captions} --workers {args.workers}: at least 2, 1, 0 and 0"
-        )
+    if args.captions < 0 or args.workers < 0:
+        raise ValueError(f"--captions {args.captions} --workers {args.workers}: at least 0 and 0")
     if args.task == "paper":
         return run_paper(args)
-    if args.task in (*STUDIES, "generation"):
-        return run_study(args)
-    if args.task in OWN_TASKS:
-        model = load_model(args)
-        results = dict(
-            OWN_TASKS[args.task](model, args),
-            model=args.model,
-            adapter=args.adapter,
-            image_mode=model.image_processor.mode,
-        )
-    else:
-        results = run_published(args)
+    results = run_published(args)
     if args.json and ranks()[0] == 0:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -5,8 +5,6 @@
     python train.py --model llava-1.5-7b --data pairs.jsonl            # the real one: from the hub, its cache, or a folder
     torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...      # the same gradient from 8 devices
     python train.py --out runs/mine --resume                           # go on after a stop
-    python train.py --plot runs/mine                                   # draw its curves
-    python train.py --ablation --seeds 3                               # the paper's Table 4: which part adds what
 
 Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, and OUT/checkpoints while it runs.
 
@@ -14,7 +12,6 @@ Not here: the losses (vladva.py), the benchmarks (eval.py).
 """
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -26,15 +23,12 @@ import random
 import resource
 import shutil
 import signal
-import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -57,7 +51,6 @@ from model import (
 )
 from vladva import (
     E5V,
-    ChunkedCrossEntropy,
     Outputs,
     Settings,
     VladVA,
@@ -604,40 +597,6 @@ def not_finite(step, measured, where, out):
 # ------------------------------------------------------------------------------------------------------ start
 
 
-LONG_CAPTIONS = 300  # held-out long captions whose next-token loss is measured
-
-
-class HeldOutScenes:
-    """Held-out scenes as a benchmark of retrieval and compositionality."""
-
-    def __init__(self, config):
-        self.config = config
-        self.benchmark = config.eval_gallery and benchmarks.scene_benchmark(
-            config.eval_seed, config.eval_gallery, config.eval_items
-        )
-
-    def measure(self, model):
-        if not self.benchmark:
-            return None
-        image_emb, text_emb = benchmarks.embed(model, self.benchmark)
-        gallery = self.benchmark.gallery
-        captioned = benchmarks.captioned_scenes(
-            self.config.eval_seed, min(LONG_CAPTIONS, gallery), model.lvlm.config.vision.image_size
-        )
-        told = {
-            "image_mode": model.image_processor.mode,
-            "long_captions": benchmarks.caption_loss(model, captioned),
-        }
-        results = benchmarks.score(self.benchmark, image_emb, text_emb) | told
-        return Measured(results, similarity(image_emb[:gallery], text_emb[:gallery]))
-
-    def picture(self, index, size):
-        return data.render(self.benchmark.scenes[index], size)
-
-    def caption(self, index):
-        return self.benchmark.texts[index]
-
-
 class HeldOutRows:
     """Rows of a pairs file kept out of training, as a retrieval benchmark: picture i and its first short caption belong together."""
 
@@ -654,7 +613,7 @@ class HeldOutRows:
         )
         image_emb, text_emb = (each.cpu() for each in emb)
         captioned = [(row["image"], row["long"]) for row in self.rows if row["long"]][
-            :LONG_CAPTIONS
+            : benchmarks.LONG_CAPTIONS
         ]
         told = {"long_captions": benchmarks.caption_loss(model, captioned)} if captioned else {}
         results = {
@@ -662,7 +621,7 @@ class HeldOutRows:
             "gallery": len(self.rows),
             "image_mode": model.image_processor.mode,
         } | told
-        return Measured(
+        return benchmarks.Measured(
             results
             | {
                 "retrieval": benchmarks.recall_at(image_emb, text_emb, torch.arange(len(self.rows)))
@@ -679,22 +638,16 @@ class HeldOutRows:
         return self.rows[index]["short"][0]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Scores and the gallery's similarity table, (pictures, captions)."""
-
-    results: dict
-    sim: torch.Tensor
-
-
 def open_data(config, model):
     """(rows to train on, what is held out) for rendered scenes or a pairs file."""
     if config.data == "scenes":
+        from extras.scenes import HeldOutScenes, Scenes
+
         size = model.lvlm.config.vision.image_size
         say(
             f"training on rendered scenes of {size} x {size} pixels, a demonstration (--data pairs.jsonl takes your own pictures)"
         )
-        return data.Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
+        return Scenes(config.seed, config.scenes, size), HeldOutScenes(config)
     pairs = data.Pairs(config.data, model.tokenizer, config.on_bad_data)
     if len(pairs.bad) > allowed_bad(len(pairs) + len(pairs.bad)):
         raise ValueError(
@@ -727,11 +680,12 @@ def with_triples(rows, config, model):
         raise ValueError(
             f"--loss {model.settings.loss} beside --data {config.data}: name your texts too, --text-data FILE.csv (sent0, sent1, hard_neg)"
         )
-    triples = (
-        data.SceneTriples(config.seed, config.scenes)
-        if config.text_data == "scenes"
-        else data.Triples(config.text_data, model.tokenizer)
-    )
+    if config.text_data == "scenes":
+        from extras.scenes import SceneTriples
+
+        triples = SceneTriples(config.seed, config.scenes)
+    else:
+        triples = data.Triples(config.text_data, model.tokenizer)
     return triples if model.settings.loss == "text-text" else data.Joined(rows, triples)
 
 
@@ -915,29 +869,6 @@ def step_flops(model, parts, config):
     return products, attention
 
 
-def step_bytes(model, parts, config):
-    """Memory that one step of this process needs, from the shapes: {"weights", "adapter", "activations", "logits"} in bytes.
-
-    adapter: values, gradients and AdamW's two moments of what is trained, in float32. activations: of all parts at once, or with
-    config.grad_cache of the largest. logits: a chunk of them and its softmax. Not counted: the program itself, and what the allocator
-    cannot use.
-    """
-    decoder, itemsize = model.lvlm.config.decoder, model.lvlm.compute_dtype.itemsize
-    each = [
-        activation_bytes(decoder, token_count([part]), config.checkpointing, itemsize)
-        for part in parts
-    ]
-    return {
-        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
-        "adapter": 4 * sum(p.nbytes for _, p in model.trained()),
-        "activations": max(each) if config.grad_cache else sum(each),
-        "logits": 2
-        * 4
-        * decoder.vocab_size
-        * min(ChunkedCrossEntropy.CHUNK, max(len(part.targets) for part in parts)),
-    }
-
-
 def matmul_rate(device, dtype):
     """Operations a second that the device reaches on a product of two square matrices, the best of a few."""
     size = 4096 if device.type == "cuda" else 1024
@@ -961,11 +892,14 @@ def peak_bytes(device):
 
 def report(out, held_out, before, after):
     """Print the table before / after, write scores.json and report.png."""
+    from extras.plots import draw_report, read_metrics
+    from extras.scenes import score_table
+
     metrics = read_metrics(out)
     scores = {"before": before.results, "after": after.results} if before else {}
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if scores:
-        print(benchmarks.score_table(scores))
+        print(score_table(scores))
         if "long_captions" in before.results:
             first, last = (each.results["long_captions"] for each in (before, after))
             print(
@@ -976,261 +910,6 @@ def report(out, held_out, before, after):
         f"written: {out}/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png"
     )
     return scores
-
-
-QUERIES, SHOWN, THUMB, INK = (
-    6,
-    5,
-    72,
-    (40, 40, 40),
-)  # of the picture: captions, pictures a caption, pixels a picture, colour of text
-
-
-def draw_report(held_out, before, after, metrics):
-    """A picture: the first held-out captions with the pictures nearest to them before and after (the right one framed), and the losses."""
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    queries = min(QUERIES, len(before.sim)) if before else 0
-    row, half = THUMB + 34, SHOWN * (THUMB + 8) + 24
-    page = Image.new("RGB", (2 * half + 16, 48 + queries * row + 190), "white")
-    pen = ImageDraw.Draw(page)
-    for x, title, measured in (
-        ((16, "before: the untouched LVLM", before), (16 + half, "after: VladVA", after))
-        if before
-        else ()
-    ):
-        pen.text((x, 10), title, INK, font)
-        for q in range(queries):
-            y = 40 + q * row
-            pen.text(
-                (x, y), textwrap.shorten(held_out.caption(q), 66, placeholder=" ..."), INK, small
-            )
-            best = measured.sim[:, q].topk(min(SHOWN, len(measured.sim))).indices.tolist()
-            for n, index in enumerate(best):
-                left, top = x + n * (THUMB + 8), y + 18
-                if index == q:
-                    pen.rectangle(
-                        (left - 4, top - 4, left + THUMB + 3, top + THUMB + 3), fill=(30, 160, 60)
-                    )
-                page.paste(held_out.picture(index, THUMB), (left, top))
-    y = 56 + queries * row
-    for x, name, title in (
-        (56, "contrastive", "contrastive loss (nats, Eq. 1)"),
-        (56 + half, "next_token", "next-token loss (nats a token, Eq. 2)"),
-    ):
-        draw_curve(
-            pen,
-            (x, y + 24, x + half - 90, y + 150),
-            [m[name] for m in metrics],
-            title,
-            (font, small),
-        )
-    return page
-
-
-CURVES = {"contrastive": "contrastive loss (nats, Eq. 1)", "next_token": "next-token loss (nats a token, Eq. 2)", "grad_norm": "gradient norm",
-          "lr": "learning rate of LoRA", "tokens_per_s": "tokens a second", "matmul_share": "share of the device's matrix-product rate"}  # fmt: skip
-
-
-def read_metrics(out):
-    """The lines of OUT/metrics.jsonl; ValueError when there are none."""
-    path = Path(out) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not lines:
-        raise ValueError(f"{path} has no steps to draw: --plot wants the folder of a run")
-    return [json.loads(line) for line in lines]
-
-
-def plot(out):
-    """Draw the curves of a run, finished or not, into OUT/curves.png."""
-    metrics, page = read_metrics(out), Image.new("RGB", (1040, 3 * 210), "white")
-    for n, (name, title) in enumerate(CURVES.items()):
-        x, y = 70 + 520 * (n % 2), 40 + 210 * (n // 2)
-        draw_curve(
-            ImageDraw.Draw(page),
-            (x, y, x + 420, y + 130),
-            [m[name] for m in metrics],
-            title,
-            (ImageFont.load_default(15), ImageFont.load_default(12)),
-        )
-    page.save(Path(out) / "curves.png")
-    say(f"written: {out}/curves.png, {len(metrics)} steps; the last: {metrics[-1]}")
-
-
-def draw_curve(pen, box, values, title, fonts):
-    """One curve over the steps, with the axes' ends labelled. box: (left, top, right, bottom) in pixels."""
-    left, top, right, bottom = box
-    high = max(values) * 1.05 or 1.0
-    pen.text((left, top - 24), title, INK, fonts[0])
-    pen.line((left, top, left, bottom, right, bottom), fill=INK)
-    for level in (0.0, high / 2, high):
-        y = bottom - (bottom - top) * level / high
-        pen.text((left - 6, y), f"{level:.3g}", INK, fonts[1], anchor="rm")
-        pen.line((left - 3, y, left, y), fill=INK)
-    points = [
-        (
-            left + (right - left) * i / max(1, len(values) - 1),
-            bottom - (bottom - top) * value / high,
-        )
-        for i, value in enumerate(values)
-    ]
-    pen.line(points if len(points) > 1 else points * 2, fill=(200, 60, 40), width=2)
-    pen.text((left, bottom + 6), "step 1", INK, fonts[1])
-    pen.text((right, bottom + 6), f"step {len(values)}", INK, fonts[1], anchor="ra")
-
-
-# ------------------------------------------------------------------------------------------------------ ablation
-
-ABLATION = {  # row of the paper's Table 4: what differs from the defaults; the last one is Sec. 3.2.2's warning
-    "soft prompts": ({}, {"lora": False, "next_token_weight": 0.0}),
-    "LoRA": ({}, {"soft_prompts": False, "next_token_weight": 0.0}),
-    "LoRA, soft prompts": ({}, {"next_token_weight": 0.0}),
-    "LoRA, soft prompts, next-token loss": ({}, {}),
-    "Eq. 1 on long captions": ({"contrast": "long"}, {"next_token_weight": 0.0}),
-}
-UNTOUCHED = "untouched"
-ABLATED = {  # column: where a run's results hold it, and how it is written
-    "text to image R@1": (("retrieval", "text_to_image", "R@1"), ".1f"),
-    "image to text R@1": (("retrieval", "image_to_text", "R@1"), ".1f"),
-    "Replace": (("groups", "Replace"), ".1f"),
-    "Swap": (("groups", "Swap"), ".1f"),
-    "Add": (("groups", "Add"), ".1f"),
-    "long captions, nats a token": (("long_captions", "loss"), ".3f"),
-}
-
-
-def ablation(config, settings, seeds, jobs, resume):
-    """The paper's Table 4: every row with the same data, steps and seeds. Writes OUT/ablation.json, .md and .png, and a folder a run."""
-    out = Path(config.out or Path("runs") / "ablation")
-    planned = {
-        (row, seed): (dataclasses.replace(config, **ours, seed=seed, out=str(out / f"{number}-seed-{seed}")), dataclasses.replace(settings, **theirs))
-        for number, (row, (ours, theirs)) in enumerate(ABLATION.items(), start=1) for seed in range(config.seed, config.seed + seeds)
-    }  # fmt: skip
-    if (config.eval_gallery if config.data == "scenes" else config.holdout) in (
-        0,
-        1,
-    ) or settings.loss != "vladva":
-        raise ValueError(
-            "--ablation compares the parts of --loss vladva on what is held out: give --eval-gallery or --holdout a number above 1"
-        )
-    if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(
-            f"{out} holds another ablation: go on with --resume, choose another --out, or delete it first"
-        )
-    scores = dict(zip(planned, run_all(list(planned.values()), jobs)))
-    if not all(scores.values()):
-        raise ValueError(
-            f"{config.data} is too small to hold rows out, so there is nothing to compare: give --holdout a number above 1"
-        )
-    table = {UNTOUCHED: ablated([scores[key]["before"] for key in planned][:1])}
-    table |= {
-        row: ablated([scores[row, seed]["after"] for r, seed in planned if r == row])
-        for row in ABLATION
-    }
-    write_json(
-        out / "ablation.json",
-        {"steps": config.steps, "seeds": seeds, "eval_seed": config.eval_seed, "rows": table},
-    )
-    (out / "ablation.md").write_text(ablation_table(table), encoding="utf-8")
-    print(f"{ablation_table(table)}\nwritten: {out}/ablation.json, ablation.md")
-    curves = {row: read_metrics(planned[row, config.seed][0].out) for row in ABLATION}
-    benchmarks.save_picture(out / "ablation.png", lambda plt: draw_ablation(plt, table, curves))
-    return table
-
-
-def run_all(runs, jobs):
-    """The scores of every (TrainConfig, Settings), `jobs` processes at a time; what a run says goes to its OUT/log.txt."""
-    if jobs == 1:
-        return [run_one(*run) for run in runs]
-    threads = max(1, torch.get_num_threads() // jobs)
-    context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        waiting = [pool.submit(run_one, *run) for run in runs]
-        for _ in tqdm(as_completed(waiting), total=len(waiting), desc="ablation", disable=None):
-            pass
-        return [each.result() for each in waiting]
-
-
-def run_one(config, settings):
-    """The scores of one run, which is begun, gone on with or, if it is done, read."""
-    out = Path(config.out)
-    begun, done = (out / "config.json").exists(), (out / "scores.json").exists()
-    if begun:
-        given = dataclasses.asdict(config) | dataclasses.asdict(settings)
-        config, settings = stored_run(
-            {name: value for name, value in given.items() if value is not None}
-        )
-    if done:
-        return read_json(out / "scores.json")
-    out.mkdir(parents=True, exist_ok=True)
-    with (
-        open(out / "log.txt", "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        return train(config, settings, resume=begun)
-
-
-def ablated(results):
-    """{column: [value of each run]} of ABLATED, the columns that these results have."""
-
-    def value(result, path):
-        return functools.reduce(lambda inside, key: inside.get(key, {}), path, result)
-
-    return {
-        name: [value(r, path) for r in results]
-        for name, (path, _) in ABLATED.items()
-        if all(value(r, path) != {} for r in results)
-    }
-
-
-def ablation_table(table):
-    """Markdown: a row each, mean and, for several runs, lowest to highest."""
-    columns = list(table[UNTOUCHED])
-
-    def cell(values, form):
-        mean = f"{sum(values) / len(values):{form}}"
-        return (
-            mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
-        )
-
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
-    lines += [
-        [row, *(cell(values[c], ABLATED[c][1]) for c in columns)] for row, values in table.items()
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def draw_ablation(plt, table, curves):
-    """Bars a column with every run as a dot, and the contrastive loss of the first seed's runs."""
-    columns, colours = list(table[UNTOUCHED]), [f"C{n}" for n in range(len(table))]
-    half = -(-len(columns) // 2)
-    rows = [
-        [*columns[:half], "curves"],
-        [*columns[half:], *["."] * (2 * half - len(columns)), "curves"],
-    ]
-    figure, axes = plt.subplot_mosaic(
-        rows, figsize=(9.5, 4.4), width_ratios=[1] * half + [1.5], layout="constrained"
-    )
-    for column in columns:
-        for place, (row, values) in enumerate(table.items()):
-            axes[column].bar(
-                place,
-                sum(values[column]) / len(values[column]),
-                color=colours[place],
-                alpha=0.6,
-                label=row,
-            )
-            axes[column].plot([place] * len(values[column]), values[column], "k.", markersize=3)
-        axes[column].set(title=column, ylabel="nats" if "nats" in column else "percent", xticks=[])
-    for colour, metrics in zip(colours[1:], curves.values()):
-        axes["curves"].plot(
-            [m["step"] for m in metrics], [m["contrastive"] for m in metrics], color=colour
-        )
-    axes["curves"].set(title="contrastive loss, first seed (nats)", xlabel="step", ylim=(0, None))
-    figure.legend(
-        *axes[columns[0]].get_legend_handles_labels(), loc="outside lower center", ncols=3
-    )
-    return figure
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -1270,34 +949,8 @@ def main(argv=None):
         default=False,
         help="go on with the run in OUT, from its last checkpoint",
     )
-    parser.add_argument("--plot", metavar="OUT", default=None, help="only draw the curves of a run")
-    parser.add_argument(
-        "--ablation",
-        action="store_true",
-        default=False,
-        help="train every row of the paper's Table 4 and compare",
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="runs a row of --ablation (default: 3)"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=None,
-        help="runs of --ablation at a time (default: one a core on the cpu, at most 4)",
-    )
     given = vars(parser.parse_args(argv))
-    resume, drawn, ablate, seeds, jobs = (
-        given.pop(name) for name in ("resume", "plot", "ablation", "seeds", "jobs")
-    )
-    if drawn:
-        return plot(drawn)
-    if ablate:
-        if "LOCAL_RANK" in os.environ or seeds < 1:
-            raise ValueError(
-                f"--ablation --seeds {seeds}: wanted 1 seed or more, and no torchrun, which is for a single run"
-            )
-        return ablation(*picked(given), seeds, jobs or default_jobs(given.get("device")), resume)
+    resume = given.pop("resume")
     if given.get("loss") == "text-text" and not resume:
         given = E5V | given
     config, settings = stored_run(given) if resume else picked(given)
@@ -1310,11 +963,6 @@ def picked(given):
         cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
         for cls in (TrainConfig, Settings)
     )
-
-
-def default_jobs(device):
-    """Runs at a time: on the CPU one a core, as a second core helps a small model little, but at most 4; elsewhere one."""
-    return min(4, torch.get_num_threads()) if torch.device(pick_device(device)).type == "cpu" else 1
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
 
     python vladva.py a.jpg b.jpg "a red circle" "a blue square" --adapter runs/tiny     # prints the similarity table
 
-Sec. 3.1   templates, summary token, embeddings, similarity; entropy and cumulative variance of prompts, rank correlation
+Sec. 3.1   templates, summary token, embeddings, similarity; entropy and cumulative variance of prompts
 Sec. 3.2   Eq. 1 (contrastive), Eq. 2 (next token), the overall loss in one forward of the image sequence
 Sec. 3.3   soft prompts that replace the hand prompt's tokens; LoRA (lora.py)
-Sec. 3.4   density of the summary token's attention; Sec. 5.1: soft prompts as the nearest words
+Sec. 3.4   the summary token's attention
 
 Not here: the network (model.py), files and pictures (data.py), the training loop (train.py), benchmarks (eval.py).
 """
@@ -136,45 +136,6 @@ def cumulative_variance(emb):
 def components_for(cumulative, share=0.9):
     """How many principal components hold `share` of the variance (paper Sec. 3.1). cumulative: (k,), as cumulative_variance gives it."""
     return int((cumulative < share - 1e-6).sum()) + 1
-
-
-def rank_correlation(x, y, permutations=10_000, seed=0):
-    """Spearman's rho of two (n,) tensors, ties sharing their mean rank, and its two-sided p-value, by permuting y (paper Fig. 5).
-
-    Returns (rho, p); p is at least 1 / (permutations + 1). ValueError when a side has no two different values.
-    """
-
-    def centred(values):
-        values = values.double()
-        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
-        ranks = below + (equal - 1) / 2
-        if equal[0] == len(values):
-            raise ValueError(f"rank correlation of {len(values)} equal values: they have no order")
-        return F.normalize(ranks - ranks.mean(), dim=0)
-
-    x, y, generator = centred(x), centred(y), torch.Generator().manual_seed(seed)
-    shuffled = torch.stack(
-        [y[torch.randperm(len(y), generator=generator)] for _ in range(permutations)]
-    )  # (permutations, n)
-    rho = (x @ y).item()
-    return rho, (1 + int(((shuffled @ x).abs() >= abs(rho) - 1e-9).sum())) / (1 + permutations)
-
-
-def attention_density(attention, mass=0.9):
-    """How spread out the summary token's attention to the image tokens is (paper Sec. 3.4, Fig. 6; the two numbers are ours).
-
-    attention: (..., N), not negative, summing to anything above 0. Returns (entropy in nats, log N when uniform; the smallest share of the
-    N tokens that holds `mass` of it), (...) each.
-    """
-    p = attention.double() / attention.double().sum(-1, keepdim=True)
-    held = p.sort(-1, descending=True).values.cumsum(-1)  # (..., N)
-    return torch.special.entr(p).sum(-1), (1 + (held < mass - 1e-6).sum(-1)).double() / p.shape[-1]
-
-
-def nearest_tokens(vectors, table):
-    """The vocabulary embedding nearest to each vector (paper Sec. 5.1): (P, D), (V, D) -> (token ids (P,), cosines (P,))."""
-    cosine = F.normalize(vectors.float(), dim=-1) @ F.normalize(table.float(), dim=-1).T  # (P, V)
-    return cosine.max(-1).indices, cosine.max(-1).values
 
 
 # ------------------------------------------------------------------------------------------------------ Sec. 3.2: losses

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
+from extras import scenes
 from model import LVLM, parse_config, place, save_lvlm
 from vladva import next_token_loss
 
@@ -132,11 +133,11 @@ def vocabulary_words():
         ask_for(family, modality, rng) for family in OWN for modality in NOUNS for _ in range(200)
     ] + ["USER: ASSISTANT:\n"]
     for index in range(400):
-        scene, rng = data.make_scene(PRETRAIN_SEED - 1, index), random.Random(index)
+        scene, rng = scenes.make_scene(PRETRAIN_SEED - 1, index), random.Random(index)
         texts += [
-            str(data.short_caption(scene, rng)),
-            data.long_caption(scene, rng),
-            *data.question(scene, rng),
+            str(scenes.short_caption(scene, rng)),
+            scenes.long_caption(scene, rng),
+            *scenes.question(scene, rng),
         ]
     pieces = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
     words = {piece.strip(" ") for text in texts for piece, _ in pieces.pre_tokenize_str(text)} - {
@@ -261,12 +262,12 @@ def initialise(lvlm):
 # ------------------------------------------------------------------------------------------------------ stage 1: visual words
 
 FAMILIES = {
-    "colour": tuple(data.COLOURS),
-    "shape": data.SHAPES,
-    "size": tuple(data.SIZES),
-    "texture": data.TEXTURES,
-    "place": data.POSITIONS,
-    "background": tuple(data.BACKGROUNDS),
+    "colour": tuple(scenes.COLOURS),
+    "shape": scenes.SHAPES,
+    "size": tuple(scenes.SIZES),
+    "texture": scenes.TEXTURES,
+    "place": scenes.POSITIONS,
+    "background": tuple(scenes.BACKGROUNDS),
 }
 
 
@@ -275,11 +276,13 @@ def patch_labels(scene, side):
     by_cell = {thing.cell: thing for thing in scene.things}
     labels = {family: [] for family in FAMILIES}
     for patch in range(side * side):
-        cell = (patch // side) * data.GRID // side * data.GRID + (patch % side) * data.GRID // side
+        cell = (patch // side) * scenes.GRID // side * scenes.GRID + (
+            patch % side
+        ) * scenes.GRID // side
         thing = by_cell.get(cell)
         for family, words in FAMILIES.items():
             word = (
-                data.POSITIONS[cell]
+                scenes.POSITIONS[cell]
                 if family == "place"
                 else scene.background
                 if family == "background"
@@ -357,7 +360,7 @@ def image_turns(scene, rng):
                 (
                     ask_for(name, "image", rng),
                     ", ".join(
-                        f"{getattr(thing, name)} {data.POSITIONS[thing.cell]}" for thing in things
+                        f"{getattr(thing, name)} {scenes.POSITIONS[thing.cell]}" for thing in things
                     ),
                 )
             ]
@@ -365,7 +368,7 @@ def image_turns(scene, rng):
         return [
             (
                 ask_for("list", "image", rng),
-                str(data.Caption(rng.choice(data.OPENINGS), shuffled, None, True, None)),
+                str(scenes.Caption(rng.choice(scenes.OPENINGS), shuffled, None, True, None)),
             )
         ]
     kind = rng.choices(
@@ -383,12 +386,12 @@ def image_turns(scene, rng):
     if kind == "brief":
         return [(ask_for("brief", "image", rng), str(brief_caption(scene, rng)))]
     if kind == "few":
-        return [(ask_for("few", "image", rng), data.few_words(scene, rng)), question(scene, rng)]
+        return [(ask_for("few", "image", rng), scenes.few_words(scene, rng)), question(scene, rng)]
     if kind == "questions":
         return [question(scene, rng) for _ in range(4)]
     if kind == "one":
         return [
-            (ask_for("one", "image", rng), data.one_word(scene, rng)),
+            (ask_for("one", "image", rng), scenes.one_word(scene, rng)),
             question(scene, rng),
             question(scene, rng),
         ]
@@ -400,33 +403,33 @@ def image_turns(scene, rng):
 
 def brief_caption(scene, rng, style=None, mentions=None):
     """A short caption without what is held out."""
-    return data.short_caption(
+    return scenes.short_caption(
         scene, rng, style or rng.choice(("position", "list")), mentions, attributes=()
     )
 
 
 def full_caption(scene, rng):
     """A long caption without what is held out."""
-    return data.long_caption(scene, rng, attributes=(), related=False)
+    return scenes.long_caption(scene, rng, attributes=(), related=False)
 
 
 def question(scene, rng):
     """A question whose answer says nothing that is held out."""
-    return data.question(scene, rng, attributes=())
+    return scenes.question(scene, rng, attributes=())
 
 
 def text_turns(scene, rng):
     """[(ask with its text, answer), ...] about a caption."""
     caption = brief_caption(scene, rng, rng.choices(("position", "list"), (2, 1))[0])
-    told = data.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
+    told = scenes.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
     family = rng.choices(("one", "few", "brief", "list"), (30, 15, 30, 25))[0]
     ask = ask_for(
         family if family != "brief" else rng.choice(("brief", "brief", "detail")), "text", rng
     )
     answer = {
         "one": lambda: caption_word(caption, rng),
-        "few": lambda: data.few_words(told, rng),
-        "brief": lambda: str(data.paraphrase(caption, rng)),
+        "few": lambda: scenes.few_words(told, rng),
+        "brief": lambda: str(scenes.paraphrase(caption, rng)),
         "list": lambda: ", ".join(" ".join(t.kind) for t in told.things),
     }[family]()
     return [(f"{ask} {caption}", answer)] + ([question(told, rng)] if caption.positions else [])
@@ -436,7 +439,7 @@ def caption_word(caption, rng):
     """One content word of the caption."""
     thing, _ = rng.choice(caption.mentions)
     words = [thing.colour, thing.colour, thing.shape, thing.shape]
-    words += [data.POSITIONS[thing.cell]] * 2 if caption.positions else []
+    words += [scenes.POSITIONS[thing.cell]] * 2 if caption.positions else []
     words += [caption.background] if caption.background else []
     return rng.choice(words)
 
@@ -511,12 +514,12 @@ def sequence_loss(lvlm, batch, features):
 
 
 @torch.no_grad()
-def probe(lvlm, encoder, scenes, features):
+def probe(lvlm, encoder, shown, features):
     """Share right, one question a scene: "where is the ...?", and the first place of a shuffled list of objects or colours."""
     result = {}
     for kind in ("where", "listed", "colour"):
         rows, wanted = [], []
-        for i, scene in enumerate(scenes):
+        for i, scene in enumerate(shown):
             rng = random.Random(i)
             a = rng.choice(scene.things)
             turn = {
@@ -527,7 +530,7 @@ def probe(lvlm, encoder, scenes, features):
             rows.append(encoder.encode([turn], True, i % 2 == 0))
             if turn[1]:
                 rows[-1][0].pop()  # the end of sequence: the place comes here
-            wanted.append(encoder.ids(" " + data.POSITIONS[a.cell])[0])
+            wanted.append(encoder.ids(" " + scenes.POSITIONS[a.cell])[0])
         ids, _, _, slots = collate(rows, 4)
         hidden = lvlm.decoder(place(lvlm.embed(ids), lvlm.projector(features), slots))
         last = torch.tensor([len(row[0]) - 1 for row in rows])
@@ -664,18 +667,20 @@ def main(argv=None):
     log(
         f"vocabulary {tokenizer.get_vocab_size()}, {sum(p.numel() for p in lvlm.parameters()) / 1e6:.2f} M parameters"
     )
-    scenes = [data.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]
-    scenes += [
-        data.make_scene(PRETRAIN_SEED + 1, i, counts=(5, 6, 7, 8, 9))
+    every = [scenes.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]
+    every += [
+        scenes.make_scene(PRETRAIN_SEED + 1, i, counts=(5, 6, 7, 8, 9))
         for i in range(args.scenes // 2)
     ]
     pictures = torch.stack(
         [
-            torch.frombuffer(bytearray(data.render(s).tobytes()), dtype=torch.uint8).view(96, 96, 3)
-            for s in scenes
+            torch.frombuffer(bytearray(scenes.render(s).tobytes()), dtype=torch.uint8).view(
+                96, 96, 3
+            )
+            for s in every
         ]
     )
-    labels = [patch_labels(s, 6) for s in scenes]
+    labels = [patch_labels(s, 6) for s in every]
     labels = {family: torch.stack([l[family] for l in labels]) for family in FAMILIES}
     log("rendered")
     torch.set_num_threads(2)
@@ -688,7 +693,7 @@ def main(argv=None):
     del pictures, labels
     torch.multiprocessing.spawn(
         generative_stage,
-        (lvlm, tokenizer, features, scenes, args.scenes, args),
+        (lvlm, tokenizer, features, every, args.scenes, args),
         nprocs=args.workers,
     )
 

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 import data
+from extras import scenes
 from model import LVLM, parse_config, save_lvlm, to_ours, write_json
 from vladva import Settings, VladVA
 
@@ -112,7 +113,7 @@ def write_qwen_tokenizer(folder, first):
     captions = [
         text
         for i in range(40)
-        for text in (data.scene_row(3, i)["short"], data.scene_row(3, i)["long"])
+        for text in (scenes.scene_row(3, i)["short"], scenes.scene_row(3, i)["long"])
     ]
     prompts = [
         Settings.image_prompt,
@@ -245,7 +246,7 @@ def random_model(random_folder):
 @pytest.fixture(scope="session")
 def scene_rows():
     """Eight training pairs; row 1 has no long caption, row 2 no short one."""
-    rows = [data.scene_row(5, i) for i in range(8)]
+    rows = [scenes.scene_row(5, i) for i in range(8)]
     rows[1]["long"], rows[2]["short"] = None, None
     return rows
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data
+from extras import scenes
 from model import write_json
 
 PARTS = {
@@ -51,7 +51,7 @@ def export(folder, unit=100, seed=0):
     )
     for part, units in PARTS.items():
         for _ in range(units * unit):
-            row, index = data.scene_row(seed, index), index + 1
+            row, index = scenes.scene_row(seed, index), index + 1
             if part.startswith("llava"):
                 name = f"{index // 10000:05d}/{index:09d}.jpg"
                 llava.append(

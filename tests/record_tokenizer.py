@@ -15,7 +15,7 @@ import tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data
+from extras import scenes
 from vladva import Settings
 
 GOLDEN = ("Hello world", "USER: <image>\nDescribe the image in detail. ASSISTANT:")
@@ -32,8 +32,8 @@ def corpus():
         "2 dogs",
     ]
     for i in range(300):
-        scene, rng = data.make_scene(9, i), random.Random(i)
-        texts += [str(data.short_caption(scene, rng)), data.long_caption(scene, rng)]
+        scene, rng = scenes.make_scene(9, i), random.Random(i)
+        texts += [str(scenes.short_caption(scene, rng)), scenes.long_caption(scene, rng)]
     return texts
 
 

@@ -23,12 +23,13 @@ from transformers import (
 )
 
 import data
+from extras import scenes
 from model import read_config
 from vladva import GENERATE_TEMPLATE, VladVA, collate
 
 
 def pictures(side):
-    return [data.render(data.make_scene(0, i), side) for i in range(4)]
+    return [scenes.render(scenes.make_scene(0, i), side) for i in range(4)]
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """Files and scenes: pictures of any mode, preprocessing step by step, pairs refused by line, captions true and negatives false."""
 
-import importlib.util
 import json
 import random
-import re
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+from extras import scenes
 from model import parse_config, read_json
 
 SETTINGS = parse_config(read_json(data.NAMES["tiny"] / "config.json"))
@@ -156,8 +155,8 @@ def test_captions_keep_the_papers_lengths(tokenizer):
     """Paper Sec. 3.2: short captions under 30 tokens, long ones 30 to 500 (here at most 120)."""
     rows = [
         (
-            str(data.short_caption(data.make_scene(9, i), random.Random(i))),
-            data.long_caption(data.make_scene(9, i), random.Random(i)),
+            str(scenes.short_caption(scenes.make_scene(9, i), random.Random(i))),
+            scenes.long_caption(scenes.make_scene(9, i), random.Random(i)),
         )
         for i in range(500)
     ]
@@ -283,191 +282,3 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, tokenizer):
     assert len(pairs) == 2 and len(pairs.bad) == len(BAD)
     with pytest.raises(ValueError, match="1 usable rows"):
         data.Pairs(pairs_file(tmp_path, GOOD[0], BAD["no caption"][0]), tokenizer, "skip")
-
-
-# ------------------------------------------------------------------------------------------------------ scenes
-
-
-def test_a_scene_is_decided_by_seed_and_index_alone():
-    first = data.scene_row(3, 7)
-    data.make_scene(1, 1), random.random()
-    again = data.scene_row(3, 7)
-    assert first["image"].tobytes() == again["image"].tobytes() and (
-        first["short"],
-        first["long"],
-    ) == (again["short"], again["long"])
-    assert data.scene_row(3, 8)["short"] != first["short"] and data.make_scene(
-        4, 7
-    ) != data.make_scene(3, 7)
-
-
-def test_scenes_keep_their_promises():
-    for i in range(300):
-        scene = data.make_scene(0, i)
-        assert 2 <= len(scene.things) <= 4
-        assert (
-            len({thing.kind for thing in scene.things})
-            == len({thing.cell for thing in scene.things})
-            == len(scene.things)
-        )
-
-
-def test_every_object_is_drawn_in_its_cell_in_its_colour():
-    for i in range(50):
-        scene = data.make_scene(0, i)
-        pixels = np.asarray(data.render(scene, 192)).astype(int)
-        for thing in scene.things:
-            row, col = divmod(thing.cell, data.GRID)
-            cell = pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64].reshape(-1, 3)
-            assert (np.abs(cell - data.COLOURS[thing.colour]).sum(1) < 30).mean() > 0.02
-        for empty in set(range(9)) - {thing.cell for thing in scene.things}:
-            row, col = divmod(empty, data.GRID)
-            middle = pixels[row * 64 + 16 : row * 64 + 48, col * 64 + 16 : col * 64 + 48].reshape(
-                -1, 3
-            )
-            assert (middle == data.BACKGROUNDS[scene.background]).all()
-
-
-def test_short_captions_are_true():
-    for i in range(300):
-        scene = data.make_scene(0, i)
-        assert data.is_true(data.short_caption(scene, random.Random(i)), scene)
-
-
-def test_long_captions_name_every_object_with_its_attributes_and_place():
-    for i in range(200):
-        scene = data.make_scene(0, i)
-        caption = data.long_caption(scene, random.Random(i))
-        assert all(
-            thing.phrase(("size", "texture")) in caption and data.POSITIONS[thing.cell] in caption
-            for thing in scene.things
-        )
-        assert scene.background in caption
-
-
-def reads(text, scene):
-    """An independent reading of a short caption by its words: is it true of the scene?"""
-    text = (
-        text.removeprefix("a picture of ")
-        .removeprefix("an image of ")
-        .removeprefix("there is ")
-        .removeprefix("the image shows ")
-    )
-    text, _, background = text.partition(" on a ")
-    if background and background.split()[0] != scene.background:
-        return False
-    found = []
-    for word in ("left of", "right of", "above", "below"):
-        text = text.replace(f" {word} ", f" | {word} | ")
-    text = text.replace(", ", " ; ").replace(" and ", " ; ")
-    relation = [part.strip() for part in text.split("|")][1] if "|" in text else None
-    for phrase in text.replace(f"| {relation} |", ";").split(";"):
-        words = phrase.split()[1:]
-        place = words.pop() if words[-1] in data.POSITIONS else None
-        match = [
-            thing
-            for thing in scene.things
-            if list(thing.kind) == words[-2:]
-            and all(word in (thing.size, thing.texture) for word in words[:-2])
-        ]
-        if not match or (place and data.POSITIONS[match[0].cell] != place):
-            return False
-        found.append(divmod(match[0].cell, 3))
-    (row_a, col_a), (row_b, col_b) = found[:2]
-    return (
-        relation is None
-        or {
-            "left of": col_a < col_b,
-            "right of": col_a > col_b,
-            "above": row_a < row_b,
-            "below": row_a > row_b,
-        }[relation]
-    )
-
-
-@pytest.mark.parametrize("category", data.CATEGORIES)
-def test_hard_negatives_are_false_and_differ_by_one_edit(category):
-    for i in range(200):
-        scene, true, false = data.hard_negative(0, i, category)
-        assert reads(true, scene) and not reads(false, scene), (true, false)
-        assert data.hard_negative(0, i, category) == (scene, true, false)
-        gained = len(false.split()) - len(true.split())
-        if category.startswith("replace"):
-            assert (
-                sum(a != b for a, b in zip(true.split(), false.split())) <= 2 and gained == 0
-            )  # "a red" -> "an orange" is two words
-        if category.startswith("swap"):
-            assert sorted(
-                word for word in true.replace(",", "").split() if word not in ("a", "an")
-            ) == sorted(word for word in false.replace(",", "").split() if word not in ("a", "an"))
-        if category.startswith("add"):
-            assert gained > 0
-
-
-@pytest.mark.parametrize("category", data.CATEGORIES)
-def test_triples_hold_two_true_captions_and_a_false_one(category):
-    """After SugarCrepe++; the first and the last are hard_negative's."""
-    for i in range(100):
-        scene, (true, same, false) = data.caption_triple(0, i, category)
-        assert (scene, true, false) == data.hard_negative(0, i, category)
-        assert same != true and reads(same, scene) and not reads(false, scene)
-        assert {word for word in same.split() if word in data.COLOURS} == {
-            word for word in true.split() if word in data.COLOURS
-        }
-
-
-@pytest.mark.parametrize("kind", data.WINOGROUND_KINDS)
-def test_scene_pairs_use_the_same_words_and_each_caption_fits_one_scene(kind):
-    for i in range(100):
-        scenes, captions = data.scene_pair(0, i, kind)
-        assert [[reads(caption, scene) for scene in scenes] for caption in captions] == [
-            [True, False],
-            [False, True],
-        ]
-        words = [
-            sorted(word for word in caption.split() if word not in ("a", "an"))
-            for caption in captions
-        ]
-        assert words[0] == words[1]
-
-
-def test_questions_are_answered_right():
-    for i in range(300):
-        scene = data.make_scene(0, i)
-        ask, answer = data.question(scene, random.Random(i))
-        by_name = {" ".join(thing.kind): thing for thing in scene.things}
-        if ask.startswith("where"):
-            assert (
-                answer
-                == data.POSITIONS[by_name[ask.removeprefix("where is the ").rstrip("?")].cell]
-            )
-        else:
-            (thing,) = [
-                thing for thing in scene.things if f"at the {data.POSITIONS[thing.cell]}?" in ask
-            ]
-            assert answer == thing.phrase(("size", "texture"))
-
-
-def test_what_is_held_out_of_pre_training_is_in_no_conversation_and_in_every_long_caption(
-    monkeypatch,
-):
-    """Sizes, textures, relations: the long captions of the adaptation say them, the tiny model's recipe never does."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the recipe sets it when it is imported
-    spec = importlib.util.spec_from_file_location("make_tiny", data.TINY.parent / "make_tiny.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    held_out = re.compile(r"\b(" + "|".join([*data.SIZES, *data.TEXTURES, *data.OPPOSITE]) + r")\b")
-    kinds = set()
-    for i in range(600):
-        scene, rng = data.make_scene(0, i, counts=(2, 3, 4, 7)), random.Random(i)
-        for turns in (recipe.image_turns(scene, rng), recipe.text_turns(scene, rng)):
-            assert not held_out.search(" ".join(part for turn in turns for part in turn)), turns
-            kinds.add(len(turns))
-        if len(scene.things) < 5:
-            found = set(held_out.findall(data.long_caption(scene, rng)))
-            assert (
-                found & set(data.SIZES)
-                and found & set(data.TEXTURES)
-                and found & set(data.OPPOSITE)
-            )
-    assert kinds == {1, 2, 3, 4}

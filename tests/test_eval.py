@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import shaken
 from PIL import Image
 
 import data
 import eval as benchmarks
-from model import read_config
-from vladva import Settings, VladVA, attention_density, output_entropy
+from extras import scenes
+from vladva import VladVA
 
 
 def naive_recall(sim, owner, k):
@@ -75,128 +73,12 @@ def test_winoground_scores_by_hand():
     assert benchmarks.winoground_scores(items) == {"text": 50.0, "image": 50.0, "group": 25.0}
 
 
-def test_scores_of_an_oracle_are_the_ceiling():
-    """Embeddings that say which captions are true of which scene: every category 100, retrieval at its ceiling up to ties."""
-    bench = benchmarks.scene_benchmark(7, gallery=60, items=20)
-    truth = {}
-    for i in range(len(bench.scenes)):
-        for items in bench.negatives.values():
-            truth |= {(i, t): 1.0 for s, *true, _ in items if s == i for t in true}
-        for items in bench.pairs.values():
-            truth |= {(scenes[k], texts[k]): 1.0 for scenes, texts in items for k in (0, 1)}
-    sim = torch.zeros(len(bench.scenes), len(bench.texts))
-    for (i, t), value in truth.items():
-        sim[i, t] = value
-    sim[torch.arange(60), torch.arange(60)] = 2.0
-    results = benchmarks.score(bench, sim, torch.eye(len(bench.texts)))
-    assert set(results["negatives"].values()) == {100.0} and set(results["groups"].values()) == {
-        100.0
-    }
-    assert all(
-        scores == {"text": 100, "image": 100, "group": 100}
-        for scores in results["winoground"].values()
-    )
-    assert 50 < results["ceiling"]["text_to_image"] <= 100
-
-
-def test_group_means_are_plain_means_of_their_categories():
-    bench = benchmarks.scene_benchmark(7, gallery=10, items=15)
-    torch.manual_seed(0)
-    results = benchmarks.score(
-        bench, torch.randn(len(bench.scenes), 8), torch.randn(len(bench.texts), 8)
-    )
-    swaps = [results["negatives"][c] for c in ("swap_obj", "swap_att", "swap_pos")]
-    assert results["groups"]["Swap"] == pytest.approx(sum(swaps) / 3)
-
-
-def test_the_ceiling_counts_captions_that_fit_several_scenes():
-    bench = benchmarks.scene_benchmark(7, gallery=80, items=1)
-    captions = [
-        data.short_caption(data.make_scene(7, i), random.Random(f"captions 7 {i}"))
-        for i in range(80)
-    ]
-    fits = [
-        sum(data.is_true(caption, scene) for scene in bench.scenes[:80]) for caption in captions
-    ]
-    assert bench.ceiling["text_to_image"] == pytest.approx(100 * sum(1 / n for n in fits) / 80)
-
-
-def test_long_captions_are_read_back():
-    for i in range(200):
-        scene = data.make_scene(0, i)
-        told = benchmarks.read_caption(data.long_caption(scene, random.Random(i)))
-        assert told == {thing.kind: data.POSITIONS[thing.cell] for thing in scene.things}
-
-
-def test_caption_accuracy_counts_by_hand(random_model, monkeypatch):
-    """Two scenes: one told right, one with every object in a wrong place and one invented."""
-    scenes = [data.make_scene(3, i) for i in range(2)]
-    right = " ".join(
-        f"{thing.phrase()} {data.POSITIONS[thing.cell]}." for thing in scenes[0].things
-    )
-    wrong = " ".join(
-        f"{thing.phrase()} {data.POSITIONS[(thing.cell + 1) % 9]}." for thing in scenes[1].things
-    )
-    absent = next(
-        f"a {c} {s}"
-        for c in ("red", "blue")
-        for s in data.SHAPES
-        if (c, s) not in {thing.kind for thing in scenes[1].things}
-    )
-    answers = iter([[right, f"{wrong} {absent} center."], ["nowhere", "nowhere"]])
-    monkeypatch.setattr(random_model, "generate_batch", lambda *_, **__: next(answers))
-    scores = benchmarks.caption_accuracy(random_model, 3, 2)
-    total = len(scenes[0].things) + len(scenes[1].things)
-    assert scores["named"] == 100 and scores["placed"] == pytest.approx(
-        100 * len(scenes[0].things) / total
-    )
-    assert scores["invented"] == pytest.approx(100 / total) and scores["where"] == 0
-
-
-def test_the_command_prints_the_table_and_writes_the_same_numbers(random_folder, tmp_path, capsys):
-    file = tmp_path / "scores.json"
-    benchmarks.main(
-        ["--model", str(random_folder), "--gallery", "20", "--items", "5", "--json", str(file)]
-    )
-    table, written = capsys.readouterr().out, json.loads(file.read_text())
-    assert (
-        written["gallery"] == 20
-        and written["scene_seed"] == benchmarks.TEST_SEED
-        and written["image_mode"] == "crop"
-    )
-    for line in (
-        "swap att",
-        "Replace, mean",
-        "image to text R@10",
-        "pairs, relation exchanged: group",
-    ):
-        assert line in table
-    assert f"{written['negatives']['swap_att']:.1f}" in table
-    benchmarks.main(
-        ["--model", str(random_folder), "--task", "captions", "--items", "3", "--json", str(file)]
-    )
-    assert json.loads(file.read_text())["objects"] > 0
-
-
-def test_bad_requests_are_one_line_and_exit_code_2(random_folder, capsys):
-    for arguments, message in (
-        (["--model", "nowhere"], "no model folder"),
-        (["--gallery", "1"], "--gallery 1"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            benchmarks.main(arguments)
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in err and err.count("\n") == 1
-    with pytest.raises(SystemExit):
-        benchmarks.main(["--no-such-flag"])
-
-
 # ------------------------------------------------------------------------------------------------------ published benchmarks, in miniature
 
 
 def test_caption_loss_is_the_mean_over_all_tokens_in_batches_of_any_size(random_model):
     """Not the mean of batch means: captions differ in length."""
-    captioned = benchmarks.captioned_scenes(7, 5, 96)
+    captioned = scenes.captioned_scenes(7, 5, 96)
     rows = [{"image": picture, "short": None, "long": long} for picture, long in captioned]
     batch = random_model.training_batch(rows)
     with torch.no_grad():
@@ -204,172 +86,6 @@ def test_caption_loss_is_the_mean_over_all_tokens_in_batches_of_any_size(random_
     for size in (1, 2, 5):
         found = benchmarks.caption_loss(random_model, captioned, batch=size)
         assert found == {"loss": pytest.approx(wanted, rel=1e-5), "tokens": len(batch.targets)}
-
-
-@pytest.fixture(scope="module")
-def adapter(random_folder, tmp_path_factory):
-    """The folder of a shaken adapter of the random model."""
-    folder = tmp_path_factory.mktemp("adapter")
-    shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4))).save_adapter(folder)
-    return folder
-
-
-def study(task, model, out, *flags):
-    """The numbers that a study writes."""
-    benchmarks.main(
-        ["--task", task, "--model", str(model), "--items", "6", "--out", str(out), *map(str, flags)]
-    )
-    return json.loads((out / f"{task}.json").read_text())
-
-
-@pytest.mark.parametrize("task", ["tokens", "attention", "soft-prompts", "layers"])
-def test_a_study_writes_numbers_before_and_after(
-    task, random_folder, adapter, tmp_path, monkeypatch, capsys
-):
-    """With matplotlib out of the way: the numbers are written all the same, and one line says what is missing."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = study(task, random_folder, tmp_path, "--adapter", adapter)
-    assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
-    model = VladVA.from_pretrained(random_folder, adapter=adapter)
-    pictures, captions = zip(*((data.render(s), str(data.short_caption(s, random.Random(f"captions 2000 {i}"))))
-                               for i, s in enumerate(data.make_scene(2000, i) for i in range(6))))  # fmt: skip
-    recall = lambda a, b: pytest.approx(
-        benchmarks.recall_at(a, b, torch.arange(6))["image_to_text"]["R@1"]
-    )
-    if task == "tokens":
-        logits = model.lvlm.head(model.text_states(list(captions)))
-        assert found["measures"]["after"]["text entropy"] == pytest.approx(
-            output_entropy(logits).mean().item(), rel=1e-5
-        )
-        best = model.tokenizer.decode([logits[1].argmax().item()])
-        assert found["tokens"]["after"]["text"][1][0] == [
-            best,
-            pytest.approx(logits[1].softmax(-1).max().item(), rel=1e-4),
-        ]
-        assert found["measures"]["before"] != found["measures"]["after"]
-    if task == "attention":
-        after = [
-            attention_density(model.summary_attention(picture))[0].mean().item()
-            for picture in pictures
-        ]
-        assert found["density"]["after"]["entropy"] == pytest.approx(sum(after) / 6, rel=1e-5)
-        assert (
-            found["density"]["before"]["entropy"]
-            != found["density"]["after"]["entropy"]
-            < found["entropy when uniform"]
-        )
-    if task == "soft-prompts":
-        hand = "".join(row[0] for row in found["image"]).strip()
-        assert hand == Settings.image_prompt and all(
-            -1 <= row[2] < 0.9999 for row in found["image"] + found["text"]
-        )
-    if task == "layers":
-        assert found["layers"]["after"][-1]["image to text R@1"] == recall(
-            model.encode_image(list(pictures)), model.encode_text(list(captions))
-        )
-        assert [len(rows) for rows in found["layers"].values()] == [2, 2] and {
-            "Replace",
-            "Swap",
-            "Add",
-        } < found["layers"]["before"][0].keys()
-
-
-def test_prompts_are_measured_one_pair_at_a_time(random_folder, tmp_path):
-    pairs = [
-        {"image": f"{verb} the image.", "text": f"{verb} the text."}
-        for verb in ("Describe", "Name", "Give", "Caption")
-    ]
-    write(tmp_path / "prompts.json", pairs)
-    found = study("prompts", random_folder, tmp_path, "--prompts", tmp_path / "prompts.json")
-    entropies = [row["entropy"] for row in found["prompts"]]
-    assert entropies == sorted(entropies) and {row["image prompt"] for row in found["prompts"]} == {
-        pair["image"] for pair in pairs
-    }
-    assert all(-1 <= c["rho"] <= 1 and 0 < c["p"] <= 1 for c in found["correlations"].values())
-
-
-def test_the_committed_prompts_are_50_pairs_that_the_tiny_model_reads_word_by_word():
-    pairs = json.loads(benchmarks.PROMPTS.read_text())
-    tokenizer = data.Tokenizer(data.TINY, read_config(data.TINY))
-    assert (
-        len({pair["image"] for pair in pairs})
-        == len({pair["text"] for pair in pairs})
-        == len(pairs)
-        == 50
-    )
-    for prompt in (text for pair in pairs for text in pair.values()):
-        assert len(tokenizer.encode(prompt).ids) - 1 == len(re.findall(r"\w+|[^\w\s]", prompt)), (
-            prompt
-        )
-
-
-@pytest.mark.filterwarnings(
-    "ignore:Glyph|constrained_layout"
-)  # a random model says what no font has
-def test_generation_shows_every_model_and_that_switched_off_is_the_base(
-    random_folder, adapter, tmp_path, capsys
-):
-    found = study("generation", random_folder, tmp_path, "--adapter", adapter, "--rival", adapter)
-    assert found["adapter off equals base"] and set(found["answers"]) == {
-        "base",
-        "adapter",
-        "adapter off",
-        "rival",
-    }
-    assert found["answers"]["rival"] == found["answers"]["adapter"] != found["answers"]["base"]
-    assert "adapter off: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "task", ["prompts", "tokens", "attention", "soft-prompts", "layers", "generation"]
-)
-@pytest.mark.filterwarnings("ignore:Glyph|constrained_layout")
-def test_studies_draw_their_pictures(task, random_folder, adapter, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is an extra")
-    write(
-        tmp_path / "prompts.json",
-        [{"image": f"{verb} it.", "text": f"{verb} it."} for verb in ("Describe", "Name", "Give")],
-    )
-    adapted = [] if task == "prompts" else ["--adapter", adapter]
-    study(task, random_folder, tmp_path, "--prompts", tmp_path / "prompts.json", *adapted)
-    assert Image.open(tmp_path / f"{task}.png").width > 500
-
-
-def test_studies_take_a_pairs_file_and_refuse_what_they_cannot_do(
-    random_folder, adapter, tmp_path, capsys
-):
-    rows = []
-    for i in range(4):
-        data.render(data.make_scene(3, i)).save(tmp_path / f"{i}.png")
-        rows.append({"image": f"{i}.png", "short": f"a red circle {i}"})
-    write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows)))
-    assert (
-        study("layers", random_folder, tmp_path, "--data", tmp_path / "pairs.jsonl")["pictures"]
-        == 4
-    )
-    write(tmp_path / "prompts.json", [{"image": "Describe it."}] * 3)
-    refused = {
-        "no soft prompts to decode": ["--task", "soft-prompts"],
-        "adapted model": ["--task", "prompts", "--adapter", str(adapter)],
-        "wanted a list of two or more": [
-            "--task",
-            "prompts",
-            "--prompts",
-            str(tmp_path / "prompts.json"),
-        ],
-        "at least 2 are needed": [
-            "--task",
-            "tokens",
-            "--data",
-            str(tmp_path / "pairs.jsonl"),
-            "--items",
-            "1",
-        ],
-    }
-    for message, flags in refused.items():
-        with pytest.raises(SystemExit) as stopped:
-            benchmarks.main([*flags, "--model", str(random_folder), "--out", str(tmp_path)])
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def write_picture(path, mode="RGB", size=(40, 30)):
@@ -885,7 +601,7 @@ def test_saved_embeddings_score_the_same_and_refuse_another_benchmark(tmp_path, 
     """Pictures that differ: between two alike rounding decides, and rows are normalised once more when they are read."""
     flickr(tmp_path)
     for number, name in enumerate(("1.jpg", "2.jpg", "copy.jpg")):
-        data.render(data.make_scene(5, number)).save(tmp_path / name)
+        scenes.render(scenes.make_scene(5, number)).save(tmp_path / name)
     file = tmp_path / "emb.npz"
     flags = ["--task", "flickr30k", "--folder", str(tmp_path), "--json", str(tmp_path / "r.json")]
     benchmarks.main([*flags, "--model", str(random_folder), "--save-embeddings", str(file)])

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
-import eval as benchmarks
 import model as lvlm_module
+from extras import scenes
 from model import LVLM, Prefix, generate, load_lvlm, parse_config, place, save_lvlm
 from vladva import VladVA
 
@@ -423,5 +423,5 @@ def test_the_tiny_folder_is_small_half_precision_and_complete():
 
 def test_the_tiny_model_describes_scenes_it_has_never_seen():
     """A foundation that had decayed would show here; the figures themselves are in the README, on more scenes."""
-    scores = benchmarks.caption_accuracy(VladVA.from_pretrained("tiny"), seed=77, count=40)
+    scores = scenes.caption_accuracy(VladVA.from_pretrained("tiny"), seed=77, count=40)
     assert scores["placed"] > 80 and scores["where"] > 80

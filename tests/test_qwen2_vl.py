@@ -32,7 +32,7 @@ import eval as benchmarks
 import lora
 import train as training
 import vladva
-from extras import qwen2_vl
+from extras import qwen2_vl, scenes, studies
 from model import LVLM, generate, load_lvlm, parse_config, place_image, to_ours
 from train import TrainConfig
 from vladva import Settings, VladVA
@@ -371,7 +371,7 @@ def pictured(folder, count=24):
     """Scenes of many sizes with a pairs file; every fifth row lacks a long caption, every seventh a short one."""
     rng, lines = random.Random(0), []
     for i in range(count):
-        row = data.scene_row(0, i)
+        row = scenes.scene_row(0, i)
         row["image"].resize((rng.randint(20, 90), rng.randint(20, 90))).save(folder / f"{i}.png")
         lines.append(
             {
@@ -456,22 +456,21 @@ def test_the_command_lines_run_on_it(qwen_folder, tmp_path, capsys):
     flickr(tmp_path)
     benchmarks.main(["--model", str(qwen_folder), "--task", "flickr30k", "--folder", str(tmp_path)])
     assert "3 pictures, 6 captions" in capsys.readouterr().out
-    benchmarks.main(
+    scenes.main(
         ["--model", str(qwen_folder), "--gallery", "6", "--items", "2", "--json", str(file)]
     )
     assert (
         "image to text R@10" in capsys.readouterr().out
         and json.loads(file.read_text())["image_mode"] == "576 to 1728 pixels"
     )
-    benchmarks.main(
+    scenes.main(
         ["--model", str(qwen_folder), "--task", "captions", "--items", "2", "--json", str(file)]
     )
     assert json.loads(file.read_text())["objects"] > 0
-    benchmarks.main(
+    studies.main(
         [
             "--model",
             str(qwen_folder),
-            "--task",
             "attention",
             "--data",
             str(pictured(tmp_path)),

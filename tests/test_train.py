@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import lora
 import train as training
+from extras import plots, scenes
 from model import LVLM, parse_config
 from train import TrainConfig
 from vladva import Settings, VladVA
@@ -112,7 +113,7 @@ def test_gradients_with_triples_equal_the_definition(random_folder, scene_rows, 
         )
     ).double()
     rows = [
-        dict(row, triple=data.caption_triple(5, i, "swap_att")[1])
+        dict(row, triple=scenes.caption_triple(5, i, "swap_att")[1])
         for i, row in enumerate(scene_rows)
     ]
     rows[1].pop("triple")
@@ -288,7 +289,7 @@ def test_worker_processes_give_the_same_batches(random_folder):
 def test_rows_of_similar_length_share_a_micro_batch(random_folder):
     model = VladVA.from_pretrained(random_folder)
     config = TrainConfig(batch=8, micro_batch=2)
-    drawn = training.Steps(model, data.Scenes(0, 16, 96), config)[1]
+    drawn = training.Steps(model, scenes.Scenes(0, 16, 96), config)[1]
     widths = [part.images.ids.shape[1] for part in drawn.parts]
     assert len(widths) == 4 and widths == sorted(widths) and len(drawn.where) == 8
 
@@ -401,11 +402,11 @@ def photographs(folder, rows=24):
     rng, lines = random.Random(0), []
     for i in range(rows):
         mode, suffix = [("RGB", "jpg"), ("L", "jpg"), ("RGBA", "png"), ("P", "png")][i % 4]
-        image = data.render(data.make_scene(0, i), 96).resize(
+        image = scenes.render(scenes.make_scene(0, i), 96).resize(
             (rng.randint(40, 300), rng.randint(40, 300))
         )
         image.convert(mode).save(folder / f"{i}.{suffix}")
-        row = data.scene_row(0, i)
+        row = scenes.scene_row(0, i)
         lines.append(
             {
                 "image": f"{i}.{suffix}",
@@ -561,106 +562,17 @@ class FakeModel:
                 hidden_size = 4096
 
 
-# ------------------------------------------------------------------------------------------------------ the paper's Table 4
-
-LITTLE = [
-    "--steps",
-    "2",
-    "--eval-gallery",
-    "6",
-    "--eval-items",
-    "2",
-    "--scenes",
-    "20",
-    "--batch",
-    "4",
-]
-
-
 def test_rows_carry_the_captions_that_their_losses_take(random_folder):
     """No long caption for a next-token loss of weight 0; with --contrast long Eq. 1 gets the long one."""
-    scenes, row = data.Scenes(0, 8, 96), data.scene_row(0, 3)
+    rows, row = scenes.Scenes(0, 8, 96), scenes.scene_row(0, 3)
 
     def told(contrast, weight):
         model = VladVA.from_pretrained(random_folder, settings=Settings(next_token_weight=weight))
-        return training.Steps(model, scenes, TrainConfig(contrast=contrast)).told(row)
+        return training.Steps(model, rows, TrainConfig(contrast=contrast)).told(row)
 
     assert [told("short", w)["long"] for w in (1.0, 0.0)] == [row["long"], None]
     assert [told(which, 0.0)["short"] for which in ("short", "long")] == [row["short"], row["long"]]
     assert told("long", 1.0) == row | {"short": row["long"]}
-
-
-def test_the_ablation_trains_every_row_and_goes_on_where_it_stopped(
-    random_folder, tmp_path, monkeypatch, capsys
-):
-    """Runs that are done are read, not trained again; each row is an ordinary run."""
-    names = list(training.ABLATION)
-    monkeypatch.setattr(
-        training, "ABLATION", {name: training.ABLATION[name] for name in (names[0], names[3])}
-    )
-    first = run(random_folder, tmp_path / "a", "--ablation", "--seeds", "2", "--jobs", "1", *LITTLE)
-    rows = [training.UNTOUCHED, *training.ABLATION]
-    assert list(first) == rows and all(
-        len(values["Swap"]) == (1 if row == rows[0] else 2) for row, values in first.items()
-    )
-    table = (tmp_path / "a" / "ablation.md").read_text()
-    assert (
-        table in capsys.readouterr().out
-        and [line.split("|")[1].strip() for line in table.splitlines()[2:]] == rows
-    )
-    assert json.loads((tmp_path / "a" / "ablation.json").read_text())["rows"] == first
-    both = training.main(
-        ["--model", str(random_folder), "--out", str(tmp_path / "alone"), *LITTLE, "--seed", "1"]
-    )
-    wanted = {
-        name: values[1] for name, values in first["LoRA, soft prompts, next-token loss"].items()
-    }
-    assert {name: values[0] for name, values in training.ablated([both["after"]]).items()} == wanted
-    weights = load_file(tmp_path / "a" / "1-seed-0" / "adapter.safetensors")
-    assert not any("lora" in name for name in weights) and "soft_prompt.image" in weights
-    for gone in ("1-seed-1/scores.json", "2-seed-0/scores.json"):
-        (tmp_path / "a" / gone).unlink()
-    trained, train = [], training.train
-    monkeypatch.setattr(
-        training, "train", lambda *a, **k: trained.append(a[0].out) or train(*a, **k)
-    )
-    assert (
-        run(
-            random_folder,
-            tmp_path / "a",
-            "--ablation",
-            "--seeds",
-            "2",
-            "--jobs",
-            "1",
-            "--resume",
-            *LITTLE,
-        )
-        == first
-    )
-    assert sorted(Path(out).name for out in trained) == ["1-seed-1", "2-seed-0"]
-    with pytest.raises(SystemExit):
-        run(random_folder, tmp_path / "a", "--ablation", *LITTLE)
-    assert "another ablation" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(random_folder, tmp_path / "b", "--ablation", *LITTLE, "--eval-gallery", "0")
-    assert "on what is held out" in capsys.readouterr().err and not (tmp_path / "b").exists()
-
-
-def test_two_runs_of_the_ablation_at_a_time_give_what_one_gives(
-    random_folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(training, "ABLATION", dict(list(training.ABLATION.items())[3:]))
-    one, two = (
-        run(random_folder, tmp_path / jobs, "--ablation", "--seeds", "1", "--jobs", jobs, *LITTLE)
-        for jobs in ("1", "2")
-    )
-    for row, values in one.items():
-        for name, value in values.items():
-            assert two[row][name] == pytest.approx(value, rel=1e-4), (
-                row,
-                name,
-            )  # another number of threads adds up in another order
 
 
 # ------------------------------------------------------------------------------------------------------ nothing lost
@@ -836,13 +748,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpo
 
 def test_curves_of_a_run_are_drawn(random_folder, tmp_path, capsys):
     run(random_folder, tmp_path / "run", *FEW)
-    training.main(["--plot", str(tmp_path / "run")])
+    plots.main([str(tmp_path / "run")])
     assert (
         Image.open(tmp_path / "run" / "curves.png").width > 900
         and "6 steps" in capsys.readouterr().out
     )
     with pytest.raises(SystemExit):
-        training.main(["--plot", str(tmp_path)])
+        plots.main([str(tmp_path)])
     assert "has no steps to draw" in capsys.readouterr().err
 
 

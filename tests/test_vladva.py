@@ -14,6 +14,7 @@ import data
 import lora
 import model as lvlm_module
 import vladva
+from extras import scenes
 from vladva import Settings, VladVA
 
 ROUNDING = dict(atol=2e-5, rtol=2e-5)  # float32 sums in another order, on embeddings of length 1
@@ -237,42 +238,6 @@ def test_components_for_a_share_of_the_variance_in_closed_form():
         vladva.components_for(vladva.cumulative_variance(equal), share)
         for share in (0.05, 0.1, 0.9, 1.0)
     ] == [1, 1, 9, 10]
-
-
-def test_rank_correlation_in_closed_form_and_against_pearson_on_ranks():
-    x = torch.tensor([3.0, 1.0, 2.0, 10.0, 7.0, 8.0, 9.0])
-    rho, p = vladva.rank_correlation(x, x.exp())
-    assert rho == pytest.approx(1) and 1 / 10_001 <= p < 0.01
-    assert vladva.rank_correlation(x, -x)[0] == pytest.approx(-1)
-    tied = torch.tensor([1.0, 1.0, 2.0, 3.0])  # ranks .5 .5 2 3 (from 0), against 0 1 2 3
-    assert vladva.rank_correlation(tied, torch.arange(4.0))[0] == pytest.approx(
-        4.5 / (4.5 * 5) ** 0.5
-    )
-    torch.manual_seed(0)
-    apart = [
-        vladva.rank_correlation(torch.randn(12), torch.randn(12), permutations=500)[1]
-        for _ in range(40)
-    ]
-    assert 0.3 < sum(apart) / 40 < 0.7  # p is uniform where there is no correlation
-    with pytest.raises(ValueError, match="equal values"):
-        vladva.rank_correlation(torch.ones(3), torch.arange(3.0))
-
-
-def test_attention_density_of_uniform_of_pointed_and_of_scaled_maps():
-    uniform, pointed = torch.full((2, 20), 0.01), torch.eye(20)[:1]
-    entropy, share = vladva.attention_density(uniform)
-    assert entropy.tolist() == pytest.approx([math.log(20)] * 2) and share.tolist() == [0.9, 0.9]
-    entropy, share = vladva.attention_density(pointed)
-    assert (entropy.item(), share.item()) == (0, 1 / 20)
-    assert vladva.attention_density(torch.tensor([0.3, 0.15, 0.05]))[1].item() == pytest.approx(
-        2 / 3
-    )  # the two largest hold exactly 90 %
-
-
-def test_nearest_tokens_go_by_angle_not_by_length():
-    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, 0.1]])
-    ids, cosine = vladva.nearest_tokens(torch.tensor([[0.1, 0.0], [3.0, 4.0], [-1.0, 0.0]]), table)
-    assert ids.tolist() == [0, 1, 2] and cosine.tolist() == pytest.approx([1, 0.8, 1], abs=1e-4)
 
 
 def test_embeddings_have_length_one_and_similarity_is_the_cosine(random_model, scene_rows):
@@ -518,7 +483,7 @@ def test_save_load_in_a_new_process_gives_identical_embeddings(
     random_folder, random_model, tmp_path
 ):
     random_model.save_adapter(tmp_path)
-    data.render(data.make_scene(0, 0)).save(tmp_path / "scene.png")
+    scenes.render(scenes.make_scene(0, 0)).save(tmp_path / "scene.png")
     here = (
         random_model.encode_image([tmp_path / "scene.png"]),
         random_model.encode_text(["a red circle"]),
@@ -595,7 +560,7 @@ def test_missing_and_foreign_adapters_are_refused(random_folder, tmp_path):
 def test_the_command_prints_the_similarity_table(random_folder, tmp_path, capsys):
     files = [str(tmp_path / f"{i}.png") for i in range(2)]
     for i, file in enumerate(files):
-        data.render(data.make_scene(0, i)).save(file)
+        scenes.render(scenes.make_scene(0, i)).save(file)
     vladva.main([*files, "a red circle", "a blue ring", "--model", str(random_folder)])
     out = capsys.readouterr().out
     sim = vladva.similarity(

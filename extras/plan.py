@@ -1,8 +1,8 @@
 """Memory and time of training at full size, from the shapes, and a check of the memory on small models. By hand; writes docs/scaling.md's tables.
 
-    python tests/scaling.py [--only-plan]
+    python -m extras.plan [--only-plan]
 
-The plan comes from train.step_bytes and train.step_flops on a model on the meta device. The check runs one step of small random models
+The plan comes from step_bytes and train.step_flops on a model on the meta device. The check runs one step of small random models
 in processes of their own on the CPU and compares the peak with step_bytes. No GPU is involved anywhere.
 """
 
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 import torch
 from bench import peak, rows, write_folder
@@ -23,7 +23,7 @@ from torch import nn
 
 import train
 from model import LVLM, parse_config
-from vladva import Batch, Settings, TrainingBatch, VladVA
+from vladva import Batch, ChunkedCrossEntropy, Settings, TrainingBatch, VladVA
 
 IMAGE_PROMPT, TURN, TEXT_PROMPT = (
     21,
@@ -38,6 +38,29 @@ MACHINES = (
     ("8 x 80 GB GPUs", 80e9, 8, 312e12),
 )  # memory, count, FLOPS
 SHARE = 0.4  # of the data-sheet rate: an assumption
+
+
+def step_bytes(model, parts, config):
+    """Memory that one step of this process needs, from the shapes: {"weights", "adapter", "activations", "logits"} in bytes.
+
+    adapter: values, gradients and AdamW's two moments of what is trained, in float32. activations: of all parts at once, or with
+    config.grad_cache of the largest. logits: a chunk of them and its softmax. Not counted: the program itself, and what the allocator
+    cannot use.
+    """
+    decoder, itemsize = model.lvlm.config.decoder, model.lvlm.compute_dtype.itemsize
+    each = [
+        train.activation_bytes(decoder, train.token_count([part]), config.checkpointing, itemsize)
+        for part in parts
+    ]
+    return {
+        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        "adapter": 4 * sum(p.nbytes for _, p in model.trained()),
+        "activations": max(each) if config.grad_cache else sum(each),
+        "logits": 2
+        * 4
+        * decoder.vocab_size
+        * min(ChunkedCrossEntropy.CHUNK, max(len(part.targets) for part in parts)),
+    }
 
 
 def meta_model(size):
@@ -90,7 +113,7 @@ def plan():
         f"| {label} | " + " | ".join(value(size) for size in models) + " |"
     )
     in_bytes = lambda parts, config, key: (
-        lambda size: f"{train.step_bytes(models[size], parts[size], config)[key] / 1e9:.2f} GB"
+        lambda size: f"{step_bytes(models[size], parts[size], config)[key] / 1e9:.2f} GB"
     )
     row("frozen weights, bfloat16", in_bytes(one, base, "weights"))
     row("trained parameters", lambda size: f"{sum(p.numel() for _, p in models[size].trained()):,}")
@@ -114,10 +137,10 @@ def plan():
     ]
     for size, model in models.items():
         for machine, memory, count, rate in MACHINES:
-            held = train.step_bytes(model, longest[size], recomputed)
+            held = step_bytes(model, longest[size], recomputed)
             room = 0.95 * memory - held["weights"] - held["adapter"] - held["logits"]
             fitting = 0 if room < held["activations"] else next(
-                n for n in range(256, 0, -1) if train.step_bytes(model, [shaped_batch(model, n, long=LONGEST)], recomputed)["activations"] < room
+                n for n in range(256, 0, -1) if step_bytes(model, [shaped_batch(model, n, long=LONGEST)], recomputed)["activations"] < room
             )  # fmt: skip
             seconds = (
                 PAPER_BATCH
@@ -166,7 +189,7 @@ def one_step(folder, checkpointing, grad_cache):
     drawn = sorted(rows(8), key=lambda row: len(row["long"]))
     parts = [model.training_batch(drawn[i : i + 2]) for i in range(0, 8, 2)]
     train.optimisation_step(model, parts, train.make_optimizer(model, config), config)
-    print(json.dumps({"program": program, "peak": peak()} | train.step_bytes(model, parts, config)))
+    print(json.dumps({"program": program, "peak": peak()} | step_bytes(model, parts, config)))
 
 
 def check():
@@ -181,7 +204,8 @@ def check():
             for flags in ((0, 0), (1, 0), (0, 1), (1, 1)):
                 command = [
                     sys.executable,
-                    __file__,
+                    "-m",
+                    "extras.plan",
                     "--folder",
                     folder,
                     "--checkpointing",
@@ -191,7 +215,7 @@ def check():
                 ]
                 found = json.loads(
                     subprocess.run(
-                        command, capture_output=True, text=True, check=True
+                        command, capture_output=True, text=True, check=True, cwd=ROOT
                     ).stdout.splitlines()[-1]
                 )
                 measured, program = found.pop("peak"), found.pop("program")
@@ -210,7 +234,7 @@ def check():
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="python -m extras.plan")
     parser.add_argument("--only-plan", action="store_true")
     parser.add_argument("--folder")
     parser.add_argument("--checkpointing", type=int)

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import data
+from extras import captions, scenes
 
 # ------------------------------------------------------------------------------------------------------ JSON in pieces
 
@@ -42,7 +43,7 @@ NASTY = [
 def test_items_are_those_of_json_whatever_the_size_of_a_read(tmp_path, chunk, ascii):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(NASTY, ensure_ascii=ascii, indent=1), encoding="utf-8")
-    assert list(data.json_items(path, chunk)) == [(None, item) for item in NASTY]
+    assert list(captions.json_items(path, chunk)) == [(None, item) for item in NASTY]
     whole = {
         "info": {"images": [1]},
         "images": NASTY,
@@ -58,7 +59,7 @@ def test_items_are_those_of_json_whatever_the_size_of_a_read(tmp_path, chunk, as
         ("annotations", 1),
         ("annotations", 2),
     ]
-    assert list(data.json_items(path, chunk)) == wanted
+    assert list(captions.json_items(path, chunk)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -77,14 +78,14 @@ def test_what_is_not_whole_json_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     for chunk in (1, 100):
         with pytest.raises(ValueError, match="a.json is not JSON"):
-            list(data.json_items(tmp_path / "a.json", chunk))
+            list(captions.json_items(tmp_path / "a.json", chunk))
 
 
 def test_a_value_without_an_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.JsonStream, "LARGEST", 1000)
+    monkeypatch.setattr(captions.JsonStream, "LARGEST", 1000)
     (tmp_path / "a.json").write_text('["' + "x" * 100_000)
     with pytest.raises(ValueError, match="no whole value"):
-        list(data.json_items(tmp_path / "a.json", 100))
+        list(captions.json_items(tmp_path / "a.json", 100))
 
 
 def test_a_large_array_is_read_in_little_memory(tmp_path):
@@ -95,7 +96,7 @@ def test_a_large_array_is_read_in_little_memory(tmp_path):
     assert path.stat().st_size > 10_000_000
     tracemalloc.start()
     count, (_, peak) = (
-        sum(1 for _ in data.json_items(path, 1 << 16)),
+        sum(1 for _ in captions.json_items(path, 1 << 16)),
         tracemalloc.get_traced_memory(),
     )
     tracemalloc.stop()
@@ -232,7 +233,7 @@ def public(tmp_path, monkeypatch):
 
 def converted(*arguments, out="pairs.jsonl"):
     """(what convert returns, {picture: row}) of a run."""
-    counts = data.main(["convert", *map(str, arguments), "--out", str(out)])
+    counts = captions.main(["convert", *map(str, arguments), "--out", str(out)])
     rows = [json.loads(line) for line in Path(out).read_text(encoding="utf-8").splitlines()]
     assert len({row["image"] for row in rows}) == len(rows)
     return counts, {row.pop("image"): row for row in rows}
@@ -309,7 +310,7 @@ def test_pictures_of_evaluation_sets_are_dropped_and_counted(public):
     assert [counts[f"dropped by {name}"] for name in drop[1:]] == [2, 1, 1, 1]
     assert len(converted("cc.tsv", out="all.jsonl")[1]) == 7
     with pytest.raises(SystemExit):
-        data.main(["convert", "cc.tsv", "--out", "x.jsonl", "--drop", "llava.json"])
+        captions.main(["convert", "cc.tsv", "--out", "x.jsonl", "--drop", "llava.json"])
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_of_two_names_of_a_picture_the_one_on_the_disk_is_taken(public):
 
 def test_pictures_whose_hashes_meet_stay_apart(public, monkeypatch):
     monkeypatch.setattr(
-        data.hashlib,
+        captions.hashlib,
         "blake2b",
         lambda *_, **__: type("Hash", (), {"digest": lambda self: bytes(8)})(),
     )
@@ -428,7 +429,7 @@ def test_a_file_in_another_form_is_one_line_and_nothing_is_written(
 ):
     (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as stopped:
-        data.main(["convert", str(tmp_path / name), "--out", str(tmp_path / "pairs.jsonl")])
+        captions.main(["convert", str(tmp_path / name), "--out", str(tmp_path / "pairs.jsonl")])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -454,7 +455,7 @@ def test_a_file_in_another_form_is_one_line_and_nothing_is_written(
 def test_bad_input_is_one_line_and_exit_code_2(public, arguments, message, capsys):
     Path("there.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit) as stopped:
-        data.main(arguments)
+        captions.main(arguments)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1
     assert Path("there.jsonl").read_text() == "mine\n" and not Path("x.jsonl").exists()
@@ -465,7 +466,7 @@ def test_bad_input_is_one_line_and_exit_code_2(public, arguments, message, capsy
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.open_tokenizer("tiny")
+    return captions.open_tokenizer("tiny")
 
 
 def tokens(tokenizer, text):
@@ -522,7 +523,7 @@ def scene_pairs(folder, count, changes=()):
     """A pairs file of scenes, pictures beside it; changes: {index: what its row says otherwise}."""
     rows = []
     for i in range(count):
-        row = data.scene_row(3, i)
+        row = scenes.scene_row(3, i)
         row["image"].save(folder / f"{i}.png")
         rows.append({**row, "image": f"{i}.png", **dict(changes).get(i, {})})
     path = folder / "pairs.jsonl"
@@ -584,7 +585,7 @@ def test_check_counts_what_was_put_in(tmp_path, capsys):
     path = scene_pairs(tmp_path, 8, changes)
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
     path.write_text(path.read_text() + '\n{"image": 3}\n')
-    found = data.main(
+    found = captions.main(
         ["check", str(path), "--picture", str(tmp_path / "lengths.png"), "--workers", "2"]
     )
     assert found == found | {
@@ -601,20 +602,20 @@ def test_check_counts_what_was_put_in(tmp_path, capsys):
         and "pairs.jsonl:10: wanted" in out
     )
     assert Image.open(tmp_path / "lengths.png").size == (900, 320) and "#" in out
-    assert data.main(["check", str(path), "--no-decode"])["pictures broken"] == 0
+    assert captions.main(["check", str(path), "--no-decode"])["pictures broken"] == 0
 
 
 @pytest.mark.parametrize("short, long, repeats", [("A dog runs.", "a dog runs, fast", True), ("a dog", "the dog", False), ("...", "... x", False),
                                                   ("a dog", "a doghouse", False), ("a dog", "a", False)])  # fmt: skip
 def test_a_short_caption_that_repeats_the_start_of_the_long_one(short, long, repeats):
-    assert data.begins_with(long, short) == repeats
+    assert captions.begins_with(long, short) == repeats
 
 
 # ------------------------------------------------------------------------------------------------------ fill
 
 
 def started(*arguments, ranks=1):
-    """python data.py fill in processes of its own, one thread each."""
+    """python -m extras.captions fill in processes of its own, one thread each."""
     launcher = (
         [
             "-m",
@@ -629,12 +630,18 @@ def started(*arguments, ranks=1):
     command = [
         sys.executable,
         *launcher,
-        str(data.TINY.parents[1] / "data.py"),
+        "-m",
+        "extras.captions",
         "fill",
         *map(str, arguments),
     ]
     return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=data.TINY.parents[1],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -714,7 +721,7 @@ def test_fill_killed_and_started_again_gives_the_same_file(lacking, capsys):
     progress.write_bytes(first + half)
     progress.with_name("rank-0001.jsonl").write_bytes(b"".join(others) + half)
     with pytest.raises(SystemExit):
-        data.main(["fill", *map(str, flags[:-1]), "3"])
+        captions.main(["fill", *map(str, flags[:-1]), "3"])
     assert "batch was 2, not 3): go on with its flags, or delete it" in capsys.readouterr().err
     assert f"{done} of 6 batches of 2 are done" in finished(started(*flags))
     assert out.read_bytes() == whole.read_bytes() and not progress.parent.exists()
@@ -728,7 +735,7 @@ def test_a_full_disk_stops_fill_in_one_line():
         open("/dev/full", "wb", buffering=0) as file,
         pytest.raises(ValueError, match="/dev/full: .*No space left.*; the same command goes on"),
     ):
-        data.append_line(file, {"batch": 0})
+        captions.append_line(file, {"batch": 0})
 
 
 def test_fill_by_two_processes_gives_the_same_file(lacking):
@@ -739,8 +746,7 @@ def test_fill_by_two_processes_gives_the_same_file(lacking):
 
 
 def test_a_broken_picture_stops_fill_or_is_left_out_and_listed(lacking):
-    """In a process of its own, where data.py is the main program and is imported by vladva.py once more. After the stop, the same command
-    with "skip" goes on."""
+    """In a process of its own. After the stop, the same command with "skip" goes on."""
     path, whole = lacking
     folder = whole.parent / "broken"
     shutil.copytree(path.parent, folder, ignore=shutil.ignore_patterns("*.jsonl*", "broken"))
@@ -765,7 +771,9 @@ def test_a_broken_picture_stops_fill_or_is_left_out_and_listed(lacking):
 
 
 def test_the_filled_file_may_lie_in_another_folder(lacking, tmp_path, tokenizer):
-    data.main(["fill", str(lacking[1]), "--out", str(tmp_path / "sub.jsonl")])  # nothing is missing
+    captions.main(
+        ["fill", str(lacking[1]), "--out", str(tmp_path / "sub.jsonl")]
+    )  # nothing is missing
     assert len(data.Pairs(tmp_path / "sub.jsonl", tokenizer)) == 12
 
 
@@ -779,6 +787,6 @@ def test_the_scenes_as_public_files_become_pairs(tmp_path, monkeypatch):
     wanted = {"with both captions": parts["llava"] + parts["coco"], "short only": parts["llava_alone"], "long only": parts["sam"],
               "with none": parts["openimages"], "dropped by coco/dataset_coco.json": parts["coco_test"]}  # fmt: skip
     assert counts == counts | wanted
-    found = data.main(["check", "pairs.jsonl"])
+    found = captions.main(["check", "pairs.jsonl"])
     assert found["pictures found"] == found["rows"] == sum(parts.values()) - parts["coco_test"]
     assert (found["short captions missing"], found["long captions missing"]) == (4, 4)
