@@ -1,683 +1,685 @@
-"""Everything that comes from files: tokenizer, pictures, and training pairs.
+"""What comes from files: tokenizer, images, templates as tokens, caption pairs, batches.
 
-Pairs are JSON lines, one picture a line, paths relative to the file:
-    {"image": "a.jpg", "short": "a red bus" | ["a red bus", "..."] | null, "long": "..." | null}
-and, where a caption was written by a model, who wrote it: "generated": {"long": {"model": "llava-1.5-7b", "prompt": "Describe ..."}}.
-A row without any caption is for `python -m extras.captions fill`; training refuses it.
+Training pairs are JSON lines, one image per line, paths relative to the file:
 
-Not here: prompts and templates (vladva.py), files of benchmarks (eval.py), public caption files (extras/captions.py), scenes
-(extras/scenes.py).
+    {"image": "a.jpg", "short": "a red bus" | ["a red bus", ...] | null, "long": "..." | null}
+
+A row without `long` adds to the contrastive loss only, one without `short` to the next-token loss
+only. A caption that a model wrote may say so: "generated": {"long": {"model": ..., "prompt": ...}}.
+
+Not here: prompts and losses (vladva.py), benchmark files (eval.py), public caption files
+(extras/captions.py), the rendered scenes of the embedded default (extras/scenes.py).
 """
 
-import contextlib
-import csv
-import importlib
+import argparse
+import dataclasses
+import functools
 import json
 import os
+import random
 import re
-import shutil
 import struct
 import sys
-from dataclasses import dataclass
+import typing
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-from huggingface_hub import HfApi, constants, snapshot_download
+import torch.nn.functional as F
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-from model import (
-    ARCHITECTURES,
-    DTYPES,
-    ranks,
-    read_json,
-    shard_files,
-    write_json,
-)
+from model import DTYPES, LVLMConfig, check_supported, read_json, shard_files
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
-NAMES = {"tiny": TINY, "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-         "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct"}  # fmt: skip  # a folder or a hub id
-WANTED_FILES = ["*.safetensors", "*.json"]  # of a hub model: no pickles
+MODELS = {  # name: a folder or a hub id
+    "tiny": str(TINY),
+    "tiny-llava": "bczhou/tiny-llava-v1-hf",
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
+}
 
-# ------------------------------------------------------------------------------------------------------ model folders
 
-
-def model_folder(name):
-    """The folder that a model name stands for: one of NAMES, a folder, or a hub id, whose files are fetched when the cache lacks them."""
-    known = NAMES.get(str(name), name)
-    if Path(known).is_dir():
-        return Path(known)
-    if str(name) not in NAMES and (str(known).count("/") != 1 or str(known)[0] in "./~"):
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model: one of MODELS, a folder, or a hub id, fetched if it is not cached."""
+    repo = MODELS.get(str(name), str(name))
+    if Path(repo).is_dir():
+        return Path(repo)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise ValueError(
-            f"no model folder {str(name)!r}: give tiny, llava-1.5-7b, llava-1.5-13b, a hub id such as {NAMES['qwen2-vl-2b']} (in short qwen2-vl-2b), "
-            "or a folder in its layout"
+            f"no model folder {repo!r}: give {', '.join(MODELS)}, a hub id or a folder"
         )
-    return cached(known) or fetch(known)
-
-
-def cached(repo):
-    """The folder of a hub model in the local cache (HF_HOME), or None unless all its files are there."""
+    files = ["*.safetensors", "*.json"]  # no pickles
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=WANTED_FILES, local_files_only=True))
+        folder = Path(snapshot_download(repo, allow_patterns=files, local_files_only=True))
+        read_json(folder / "config.json")
         shard_files(folder)
+        return folder
     except (LocalEntryNotFoundError, HFValidationError, ValueError):
-        return None
-    return folder if (folder / "config.json").exists() else None
-
-
-def fetch(repo):
-    """Download the safetensors and json files of a hub model into the cache, say how much and where to first; returns the folder."""
+        say(f"{repo} is not in the cache {constants.HF_HUB_CACHE}: fetching it")
     try:
-        files = [
-            f
-            for f in HfApi().model_info(repo, files_metadata=True, timeout=10).siblings
-            if f.rfilename.endswith((".safetensors", ".json"))
-        ]
-        size = sum(f.size or 0 for f in files)
-        print(
-            f"fetching {repo}: {len(files)} files, {size / 1e9:.1f} GB, into {constants.HF_HUB_CACHE}",
-            flush=True,
-        )
-        return Path(snapshot_download(repo, allow_patterns=WANTED_FILES))
-    except (OSError, HFValidationError, *HfHubHTTPError.__bases__) as error:
+        return Path(snapshot_download(repo, allow_patterns=files))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().split("\n")[0][:150]
         raise ValueError(
-            f"{repo}: no such folder here, not whole in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} gave {type(error).__name__} "
-            f"({reason}); with the files on this disk: --model FOLDER"
+            f"{repo}: no such folder, not in the cache, and {constants.ENDPOINT} gave "
+            f"{type(error).__name__} ({reason}); with the files on this disk: --model FOLDER"
         ) from None
 
 
-def tower_folder(folder):
-    """The CLIP folder that the original LLaVA's config.json names ("mm_vision_tower"): inside the model folder, beside it, or in the cache.
-
-    None when there is none, or none is named: the hub's layout has its vision tower inside.
-    """
-    named = read_json(Path(folder) / "config.json").get("mm_vision_tower")
-    if named is None:
-        return None
-    places = (Path(folder) / Path(named).name, Path(folder).parent / Path(named).name, Path(named))
-    return next((place for place in places if (place / "config.json").is_file()), None) or cached(
-        named
-    )
-
-
-def copy_companions(source, target):
-    """Copy the small json files of a model folder, all but those that describe weights and tokens.
-
-    transformers 5 rebuilds a Llama tokenizer from its vocabulary, with other ids beside special tokens; the class written here takes
-    tokenizer.json as it is, as this project does.
-    """
-    for path in Path(source).glob("*.json"):
-        if path.name not in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
-            shutil.copy(path, target)
-    described = Path(target) / "tokenizer_config.json"
-    raw = read_json(described) if described.exists() else {}
-    kept = {
-        key: value
-        for key, value in raw.items()
-        if key
-        not in ("added_tokens_decoder", "auto_map", "add_bos_token", "add_eos_token", "legacy")
-    }
-    write_json(described, kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-# ------------------------------------------------------------------------------------------------------ tokenizer
-
-
-@dataclass(frozen=True)
-class Chat:
-    """How an architecture spells a conversation that vladva.py writes in the paper's words: USER:, ASSISTANT:, <image>."""
-
-    image: str  # the token that stands for a picture
-    eos_id: int  # when config.json says none: the default of transformers' config class
-    bos_id: (
-        int | None
-    )  # the same, of the token that every text begins with; None: texts begin with none
-    spelling: tuple = ()  # (pattern, what it becomes), one after another, in templates only, never in prompts and captions
-
-
-CHATS = {  # by model_type
-    "llava": Chat("<image>", 2, 1),
-    "qwen2_vl": Chat("<|image_pad|>", 151645, None, (  # Qwen2-VL's own chat template, with its default system turn
-        (r"\s*ASSISTANT: ?", "<|im_end|>\n<|im_start|>assistant\n"),
-        (r"^USER: ", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"),
-        (r" USER: ", "<|im_end|>\n<|im_start|>user\n"),
-        (r"<image>\n?", "<|vision_start|><|image_pad|><|vision_end|>"),
-    )),
-}  # fmt: skip
-
-
 class Tokenizer:
-    """tokenizer.json of a model folder as it is, with the ids that the method needs.
+    """tokenizer.json of a model folder as it is, checked against config.json."""
 
-    image_id: of the image token. placeholder_id stands in a sequence where image tokens will be placed: image_id when the model embeds it.
-    """
-
-    def __init__(self, folder, config):
+    def __init__(self, folder: str | Path, config: LVLMConfig):
         path = Path(folder) / "tokenizer.json"
         read_json(path)  # one clear line when it is missing or broken
-        self.inner, self.chat = tokenizers.Tokenizer.from_file(str(path)), CHATS[config.model_type]
-        text, rows = config.raw["text_config"], config.decoder.vocab_size
-        self.image_id = config.image_token_id
-        if (
-            self.image_id >= rows
-        ):  # the original LLaVA, which cuts the text at <image> instead of having a token for it
-            self.inner.add_special_tokens(
-                [tokenizers.AddedToken("<image>", special=True, normalized=False)]
-            )
-            self.image_id = self.inner.token_to_id("<image>")
-        self.bos_id = self.chat.bos_id and text.get("bos_token_id", self.chat.bos_id)
-        self.eos_id = text.get("eos_token_id", self.chat.eos_id)
-        self.pad_id = self.eos_id  # never seen by a real token, so any id serves
-        self.placeholder_id = self.image_id if self.image_id < rows else self.pad_id
-        eos, image = self.inner.id_to_token(self.eos_id), self.inner.id_to_token(self.image_id)
-        self.special = sorted(
-            token.content
-            for token in self.inner.get_added_tokens_decoder().values()
-            if token.special
-        )
-        needed = re.findall(r"<\|\w+\|>", "".join(becomes for _, becomes in self.chat.spelling))
-        if (
-            eos is None
-            or image != self.chat.image
-            or any(self.inner.token_to_id(token) is None for token in needed)
-        ):
+        self.inner = tokenizers.Tokenizer.from_file(str(path))
+        self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
+        added = self.inner.get_added_tokens_decoder().values()
+        self.special_tokens = sorted(token.content for token in added if token.special)
+        image_token = self.inner.id_to_token(config.image_token_id)
+        eos_token = self.inner.id_to_token(config.eos_token_id)
+        if image_token != config.image_token or eos_token is None:
+            ids = f"{image_token!r} at {config.image_token_id}, {eos_token!r} at {config.eos_token_id}"
+            raise ValueError(f"{path} has {ids}: wanted {config.image_token!r} and an end token")
+        bos = config.bos_token_id
+        ids = self.encode("a").ids
+        if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
             raise ValueError(
-                f"{path} has {image!r} at id {self.image_id} and {eos!r} at id {self.eos_id}: config.json says {self.chat.image} and an "
-                f"end-of-sequence token{', the chat template ' * bool(needed)}{' '.join(needed)}, so the two files do not belong together"
+                f"{path} does not begin a text with the token {bos} that config.json names"
             )
-        begin = self.inner.encode("a").ids
-        if self.bos_id is not None and (begin[0] != self.bos_id or begin.count(self.bos_id) != 1):
+        if max(self.inner.get_vocab().values()) >= config.decoder.vocab_size:
             raise ValueError(
-                f"{path} does not put one beginning-of-sequence token (id {self.bos_id}) first: it is not LLaVA-1.5's tokenizer"
-            )
-        highest = max(token for token in self.inner.get_vocab().values() if token != self.image_id)
-        if highest >= rows:
-            raise ValueError(
-                f"{path} has {self.inner.id_to_token(highest)!r} at id {highest}, but the model embeds {rows} tokens"
+                f"{path} has ids beyond the {config.decoder.vocab_size} of config.json"
             )
 
-    def spelled(self, template):
-        """A template in the paper's words as this architecture spells it; LLaVA-1.5 takes it as it is."""
-        for pattern, becomes in self.chat.spelling:
-            template = re.sub(pattern, becomes, template)
-        return template
-
-    def encode(self, text):
-        """tokenizers.Encoding of a text: .ids with one BOS first (LLaVA-1.5), .offsets in characters."""
+    def encode(self, text: str) -> tokenizers.Encoding:
+        """`.ids`, beginning-of-sequence token included, and `.offsets` in characters."""
         return self.inner.encode(text)
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self.inner.decode(ids)
 
-    def plain(self, texts):
-        """tokenizers.Encoding of each text by itself, without special tokens: its length is what LIMITS speak of."""
-        return self.inner.encode_batch(texts, add_special_tokens=False)
-
-    def with_tokens(self, names):
-        """A copy of the tokenizers.Tokenizer with special tokens added at its end."""
-        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
-        copy.add_special_tokens(
-            [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
-        )
-        return copy
-
-    def checked(self, text):
-        """The text without blanks at its ends, or ValueError: empty, or holding what would become a special token."""
+    def validate_text(self, text: str) -> str:
+        """The text without spaces at its ends; ValueError when it is empty or would end a turn."""
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"empty text {text!r}: a caption or prompt needs words")
-        found = [token for token in self.special if token in text]
-        if found:
-            raise ValueError(
-                f"text holds {found[0]!r}, which this model reads as a special token: remove it from {text[:60]!r}"
-            )
+        for token in self.special_tokens:
+            if token in text:
+                raise ValueError(f"text holds the special token {token!r}: {text[:60]!r}")
         return text.strip()
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
-
-PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # names that end so
-BROKEN_IMAGE = (
-    UnidentifiedImageError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)  # what Pillow raises
+# ----------------------------------------------------------------- templates as token sequences
 
 
-def open_image(source):
-    """A path or a PIL picture of any mode -> RGB picture, upright (EXIF). ValueError names a file that is missing or cannot be decoded."""
-    if not isinstance(source, Image.Image):
-        if not Path(source).is_file():
-            raise ValueError(f"{source}: no such picture file")
-        try:
-            with Image.open(source) as opened:
-                opened.load()
-                source = opened
-        except BROKEN_IMAGE as error:
-            raise ValueError(
-                f"{source}: cannot be decoded as a picture ({type(error).__name__}: {error})"
-            ) from None
-    return to_rgb(ImageOps.exif_transpose(source))
+@dataclass(frozen=True)
+class TokenSequence:
+    """One tokenised template; the other fields index into input_ids. With N = 2 image tokens:
+
+    <s> USER : Summarize .. word : <image> <image> \\n ASSISTANT : USER .. ASSISTANT : a red .. </s>
+               ^ prompt_start      ^ image_start               ^ summary_index        ^ caption_start
+    """
+
+    input_ids: list[int]
+    prompt_start: int  # first token of the hand prompt
+    prompt_length: int  # tokens of the hand prompt: what the soft prompt replaces
+    summary_index: int  # the token whose hidden state is the embedding
+    caption_start: int | None = None  # first token of the long caption; Eq. 2 counts from here
+    image_start: int = 0
+    num_image_tokens: int = 0
+    position_ids: Tensor | None = None  # (3, T) rotary positions; None: 0 .. T - 1
 
 
-def to_rgb(image):
-    """Any PIL mode -> RGB; 16-bit greys keep their upper 8 bits, which Pillow's own conversion would clip to white."""
+def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, int]:
+    """(the template with its two fields filled in, the character at which the prompt begins)."""
+    values = {"{prompt}": prompt, "{caption}": caption}
+    text = ""
+    prompt_char = 0
+    for part in re.split(r"(\{prompt\}|\{caption\})", template):
+        if part == "{prompt}":
+            prompt_char = len(text)
+        text += values.get(part, part)
+    return text, prompt_char
+
+
+def find_spans(encoding, prefix: str, prompt_char: int, prompt: str) -> tuple[int, int, int]:
+    """(prompt_start, prompt_length, summary_index) of an encoded text that begins with `prefix`.
+
+    Tokens are found by their characters in one tokenisation of the whole: tokenising the parts
+    apart gives other ids, because a tokenizer may join characters across their borders.
+    """
+    prompt_tokens = []
+    summary_index = 0
+    for index, (start, end) in enumerate(encoding.offsets):
+        if start < prompt_char + len(prompt) and end > prompt_char:
+            prompt_tokens.append(index)
+        if start < end <= len(prefix):
+            summary_index = index
+        assert not start < len(prefix) < end, "a token reaches across the end of the prefix"
+    return prompt_tokens[0], len(prompt_tokens), summary_index
+
+
+def expand_image_token(sequence: TokenSequence, image_token_id: int, count: int) -> TokenSequence:
+    """The sequence with `count` image tokens where its one stands; what follows moves on."""
+    image_start = sequence.input_ids.index(image_token_id)
+    before = sequence.input_ids[:image_start]
+    after = sequence.input_ids[image_start + 1 :]
+
+    def moved(index):
+        return index + count - 1 if index is not None and index > image_start else index
+
+    return replace(
+        sequence,
+        input_ids=before + [image_token_id] * count + after,
+        prompt_start=moved(sequence.prompt_start),
+        summary_index=moved(sequence.summary_index),
+        caption_start=moved(sequence.caption_start),
+        image_start=image_start,
+        num_image_tokens=count,
+    )
+
+
+def tensors_to(batch, device):
+    """A copy of a dataclass with everything that can move on a device."""
+    moved = {}
+    for f in dataclasses.fields(batch):
+        value = getattr(batch, f.name)
+        moved[f.name] = value.to(device) if hasattr(value, "to") else value
+    return type(batch)(**moved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences as tensors, made on the host: nothing later asks the device for sizes."""
+
+    input_ids: Tensor  # (B, T)
+    prompt_start: Tensor  # (B,)
+    summary_index: Tensor  # (B,)
+    image_token_index: Tensor  # (2, n) row and position of every image token, in order
+    caption_index: Tensor  # (M,) flat index b T + t of every state that predicts a caption token
+    caption_targets: Tensor  # (M,) those tokens
+    prefix_width: int  # tokens up to the last summary token
+    position_ids: Tensor | None  # (3, B, T) rotary positions; None: 0 .. T - 1
+
+    to = tensors_to
+
+    def prefixes(self) -> "Batch":
+        """The sequences cut after their summary tokens: all that the embeddings depend on."""
+        position_ids = self.position_ids
+        if position_ids is not None:
+            position_ids = position_ids[..., : self.prefix_width]
+        return replace(
+            self,
+            input_ids=self.input_ids[:, : self.prefix_width],
+            caption_index=self.caption_index[:0],
+            caption_targets=self.caption_targets[:0],
+            position_ids=position_ids,
+        )
+
+
+def collate(sequences: list[TokenSequence], pad_token_id: int) -> Batch:
+    """Pad sequences on the right, where causal attention never lets a real token see it."""
+    width = max(len(sequence.input_ids) for sequence in sequences)
+    input_ids, image_rows, image_columns, caption_index, caption_targets = [], [], [], [], []
+    for row, sequence in enumerate(sequences):
+        ids = sequence.input_ids
+        input_ids.append(ids + [pad_token_id] * (width - len(ids)))
+        image_rows += [row] * sequence.num_image_tokens
+        image_end = sequence.image_start + sequence.num_image_tokens
+        image_columns += range(sequence.image_start, image_end)
+        if sequence.caption_start is not None:
+            # the state at t - 1 predicts the token at t
+            first = row * width + sequence.caption_start - 1
+            last = row * width + len(ids) - 1
+            caption_index += range(first, last)
+            caption_targets += ids[sequence.caption_start :]
+    position_ids = None
+    if sequences[0].position_ids is not None:
+        padded = [F.pad(s.position_ids, (0, width - len(s.input_ids))) for s in sequences]
+        position_ids = torch.stack(padded, dim=1)  # (3, B, T)
+    return Batch(
+        input_ids=torch.tensor(input_ids),
+        prompt_start=torch.tensor([s.prompt_start for s in sequences]),
+        summary_index=torch.tensor([s.summary_index for s in sequences]),
+        image_token_index=torch.tensor([image_rows, image_columns], dtype=torch.long),
+        caption_index=torch.tensor(caption_index, dtype=torch.long),
+        caption_targets=torch.tensor(caption_targets, dtype=torch.long),
+        prefix_width=max(s.summary_index for s in sequences) + 1,
+        position_ids=position_ids,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Rows, tokenised: images with their long captions, short captions, further texts."""
+
+    pixels: Tensor | None  # of B images, as the architecture stacks them
+    images: Batch | None  # B sequences
+    texts: Batch | None  # a sequence for each short caption
+    image_of_text: Tensor  # (S,) row in `images` of each row of `texts`
+    further_texts: Batch | None  # E sequences, for losses that take "texts"
+
+    to = tensors_to
+
+    def prefixes(self) -> "TrainingBatch":
+        """The same rows without their long captions."""
+        return replace(self, images=self.images and self.images.prefixes())
+
+    @property
+    def caption_targets(self) -> Tensor:
+        """(M,) every token of the long captions."""
+        return self.images.caption_targets if self.images else self.image_of_text[:0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, padding included."""
+        batches = (self.images, self.texts, self.further_texts)
+        return sum(batch.input_ids.numel() for batch in batches if batch)
+
+
+# -------------------------------------------------------------------------------------- images
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def names_image(argument: str) -> bool:
+    """Does a command-line argument name an image file rather than say a text?"""
+    return argument.lower().endswith(IMAGE_SUFFIXES) or os.path.isfile(argument)
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """A path or a PIL image of any mode -> RGB image, upright (EXIF); ValueError names a bad file."""
+    if isinstance(source, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(source))
+    if not os.path.isfile(source):
+        raise ValueError(f"{source}: no such image file")
+    try:
+        with Image.open(source) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except PILLOW_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source}: cannot be decoded as an image ({reason})") from None
+
+
+# what Pillow raises while it opens, decodes, turns or converts a file
+PILLOW_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, EOFError)
+PILLOW_ERRORS += (ArithmeticError, RuntimeError, MemoryError, Image.DecompressionBombError)
+PILLOW_ERRORS += (struct.error, zlib.error)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode -> RGB; 16-bit greys keep their upper 8 bits, which Pillow would clip to white."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(
-            (values / (256 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
-        )
+        values = values / 256 if values.max() > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def pad_to_square(image, colour):
-    """The picture centred on a square of one colour, as the original LLaVA-1.5 does."""
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image centred on a square of one colour, as the original LLaVA-1.5 does."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
-class ImageProcessor:
-    """The steps that preprocessor_config.json names (transformers' CLIPImageProcessor): resize, centre crop, rescale, normalise.
+def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
+    """(file, preprocessing settings) of a model folder; transformers 5 keeps them in another file."""
+    path = Path(folder) / "preprocessor_config.json"
+    if path.exists():
+        return path, read_json(path)
+    newer = Path(folder) / "processor_config.json"
+    settings = read_json(newer).get("image_processor") if newer.exists() else None
+    if settings is None:
+        raise ValueError(f"{path} is missing, and {newer.name} beside it holds no image_processor")
+    return newer, settings
 
-    mode "crop" does these as they are; "pad" first pads to a square with the mean colour, so that nothing is cut off. budget: (fewest,
-    most) pixels of a picture, for Qwen2-VL only.
+
+class ImageProcessor:
+    """CLIP's preprocessing, as LLaVA-1.5's preprocessor_config.json asks for it.
+
+    vladva_config.image_mode "crop": shortest edge to the tower's side, then its centre; "pad": first
+    padded to a square with the mean colour, so that nothing is cut off.
     """
 
-    def __init__(self, folder, config, mode, tower=None, budget=(None, None)):
-        path = Path(folder) / "preprocessor_config.json"
-        if tower and not path.exists():
-            path = Path(tower) / path.name
-        self.read_steps(path)
-        side = config.vision.image_size
-        if mode not in ("crop", "pad"):
-            raise ValueError(f"image mode is {mode!r}: 'crop' or 'pad'")
-        if budget != (None, None):
-            raise ValueError(
-                f"--min-pixels and --max-pixels are {budget}, but LLaVA-1.5 takes every picture at {side} x {side}: leave them out"
-            )
-        self.mode, self.side, self.largest = mode, side, config.grid()
-        size, crop = self.raw.get("size", side), self.raw.get("crop_size", side)
-        self.resize = (
-            size.get("shortest_edge", size) if isinstance(size, dict) else size
-        )  # an int, or {"height", "width"}
-        self.crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-        if self.steps["center_crop"] and self.crop != (side, side):
-            raise ValueError(
-                f"{path}: crop_size is {self.crop}, but the vision tower takes {side} x {side}"
-            )
-
-    def read_steps(self, path):
-        """What preprocessor_config.json says in any architecture."""
-        self.raw = raw = read_json(path)
-        self.steps = {
-            step: raw.get(f"do_{step}", True)
-            for step in ("resize", "center_crop", "rescale", "normalize")
+    def __init__(self, folder: str | Path, lvlm_config: LVLMConfig, vladva_config):
+        path, settings = read_image_settings(folder)
+        side = lvlm_config.vision.image_size
+        supported = {
+            "size": ({"shortest_edge": side}, side),
+            "crop_size": ({"height": side, "width": side}, side),
+            "resample": (3,),
+            "rescale_factor": (1 / 255,),
         }
-        self.resample = Image.Resampling(raw.get("resample", 3))
-        self.factor = raw.get("rescale_factor", 1 / 255)
-        self.mean, self.std = (
-            np.array(raw.get("image_mean", CLIP_MEAN)),
-            np.array(raw.get("image_std", CLIP_STD)),
-        )
+        for step in ("resize", "center_crop", "rescale", "normalize"):
+            supported[f"do_{step}"] = (True,)
+        check_supported(settings, supported, str(path))
+        if vladva_config.image_mode not in ("crop", "pad"):
+            raise ValueError(f"image mode is {vladva_config.image_mode!r}: wanted 'crop' or 'pad'")
+        if vladva_config.min_pixels or vladva_config.max_pixels:
+            raise ValueError(f"LLaVA-1.5 takes images of {side} x {side}: no pixel budget to set")
+        self.mode = vladva_config.image_mode
+        self.side = side
+        self.mean = np.array(settings.get("image_mean", CLIP_MEAN))
+        self.std = np.array(settings.get("image_std", CLIP_STD))
 
-    def target(self, image):
-        """(width, height) after the resize step."""
-        if isinstance(self.resize, dict):
-            return self.resize["width"], self.resize["height"]
-        short, long = sorted(image.size)
-        edges = self.resize, int(self.resize * long / short)
-        return edges if image.width <= image.height else edges[::-1]
-
-    def __call__(self, image):
-        """RGB picture -> (3, side, side) float32, normalised."""
-        return self.normalised(self.fitted(image))
-
-    def fitted(self, image):
-        """The RGB picture that the vision tower sees."""
+    def fit(self, image: Image.Image) -> Image.Image:
+        """RGB image -> the (side, side) image that the vision tower sees."""
+        side = self.side
         if self.mode == "pad":
-            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.mean))
-        if self.steps["resize"]:
-            image = image.resize(self.target(image), self.resample)
-        if self.steps["center_crop"]:
-            left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
-            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        if image.size != (self.side, self.side):
-            raise ValueError(
-                f"preprocessed picture is {image.width} x {image.height}, but the vision tower takes {self.side} x {self.side}"
-            )
-        return image
+            red, green, blue = (int(mean * 255) for mean in self.mean)
+            image = pad_to_square(image, (red, green, blue))
+        short, long = sorted(image.size)
+        edges = (side, int(side * long / short))
+        size = edges if image.width <= image.height else edges[::-1]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
+        return image.crop((left, top, left + side, top + side))
 
-    def normalised(self, image):
-        """RGB picture -> (3, height, width) float32, rescaled and normalised."""
-        pixels = np.asarray(image).astype(np.float64)  # (height, width, 3)
-        pixels = pixels * self.factor if self.steps["rescale"] else pixels
-        pixels = (pixels - self.mean) / self.std if self.steps["normalize"] else pixels
-        return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> (3, side, side) float32, normalised."""
+        return normalize_pixels(self.fit(image), self.mean, self.std)
 
 
-def image_processor(folder, config, *how):
-    """The image processor that config.json's model_type asks for; its arguments are all classes'."""
-    module = ARCHITECTURES.get(config.model_type)
-    processor = importlib.import_module(module).image_processor if module else ImageProcessor
-    return processor(folder, config, *how)
+def normalize_pixels(image: Image.Image, mean: np.ndarray, std: np.ndarray) -> Tensor:
+    """RGB image -> (3, height, width) float32: 0 .. 1, less the mean, over the deviation."""
+    pixels = np.asarray(image).astype(np.float64) / 255  # (height, width, 3)
+    pixels = (pixels - mean) / std
+    return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())
 
 
-# ------------------------------------------------------------------------------------------------------ training pairs
+def open_image_processor(folder: str | Path, lvlm_config: LVLMConfig, vladva_config):
+    """The image processor of an architecture."""
+    return (lvlm_config.image_processor or ImageProcessor)(folder, lvlm_config, vladva_config)
 
-LIMITS = {
-    "short": range(1, 30),
-    "long": range(30, 501),
-}  # tokens of a caption, without special ones (paper Sec. 3.2)
+
+# ------------------------------------------------------------------------------- caption pairs
+
+MAX_CAPTION_TOKENS = {"short": 29, "long": 500}  # paper Sec. 3.2: under 30; 30 to 500
+MIN_LONG_TOKENS = 30
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)""")
 
 
-def cut(text, side, tokenizer):
-    """The caption, or its beginning where it has more tokens than LIMITS[side]: up to the last sentence end within them, else to a word's end."""
-    limits, (encoding,) = LIMITS[side], tokenizer.plain([text])
-    if len(encoding) <= limits[-1]:
+def truncate_caption(text: str, side: str, tokenizer: Tokenizer) -> str:
+    """The caption, or its beginning where it has more tokens than MAX_CAPTION_TOKENS[side].
+
+    It ends with the last sentence that fits, or else with the last word.
+    """
+    encoding = tokenizer.inner.encode(text, add_special_tokens=False)
+    limit = MAX_CAPTION_TOKENS[side]
+    if len(encoding) <= limit:
         return text
-    least, most = (
-        encoding.offsets[limits[0] - 1][1],
-        min(encoding.offsets[limits[-1] - 1][1], encoding.offsets[limits[-1]][0]),
-    )  # characters
-    sentences = [m.end() for m in SENTENCE_END.finditer(text) if least <= m.end() <= most]
-    words = [m.start() for m in re.finditer(r"\s+", text[: most + 1]) if m.start() > 0]
-    return text[: [most, *words, *sentences][-1]]
+    shortest = MIN_LONG_TOKENS if side == "long" else 1
+    least = encoding.offsets[shortest - 1][1]  # in characters
+    most = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0])
+    sentence_ends = [m.end() for m in SENTENCE_END.finditer(text) if least <= m.end() <= most]
+    word_ends = [m.start() for m in re.finditer(r"\s+", text[: most + 1]) if m.start() > 0]
+    return text[: [most, *word_ends, *sentence_ends][-1]]
 
 
 class BadRow(ValueError):
     """A row of a pairs file that cannot be used; the message names file and line."""
 
 
-def parse_row(line, where):
-    """One JSON line -> {"image": str as written, "short": [captions], "long": caption or None, "generated": {side: ...}}; BadRow if it is none."""
+def parse_row(line: str, where: str) -> dict:
+    """One JSON line -> {"image": str, "short": [captions], "long": caption or None, "generated": {}}.
+
+    Raises BadRow when it is no such row.
+    """
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not a JSON object ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise BadRow(
-            f'{where}: wanted {{"image": "path", "short": ..., "long": ...}}, got {line.strip()[:80]}'
-        )
+        raise BadRow(f'{where}: wanted {{"image": "path", "short": ...}}, got {line.strip()[:80]}')
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
     if unknown:
-        raise BadRow(
-            f"{where}: unknown key {', '.join(map(repr, unknown))}; known are image, short, long, generated"
-        )
-    short, long = row.get("short"), row.get("long")
-    short = [] if short is None else [short] if isinstance(short, str) else short
-    if not isinstance(short, list):
-        raise BadRow(f"{where}: short is {short!r}; wanted a caption, a list of captions or null")
-    for caption in [*short, *([] if long is None else [long])]:
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadRow(f"{where}: empty caption {caption!r}; leave the key out instead")
-    generated = row.get("generated", {})
-    if not isinstance(generated, dict) or generated.keys() - LIMITS.keys():
-        raise BadRow(
-            f'{where}: generated is {generated!r}; wanted {{"short" or "long": {{"model": ..., "prompt": ...}}}}'
-        )
+        raise BadRow(f"{where}: unknown keys {unknown}; known are image, short, long, generated")
+    short = row.get("short") or []
+    if isinstance(short, str):
+        short = [short]
+    long = row.get("long")
+    captions = short if long is None else [*short, long]
+    if not isinstance(short, list) or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise BadRow(f"{where}: empty caption, or none; leave the key out instead")
+    generated = row.get("generated") or {}
+    if not isinstance(generated, dict):
+        raise BadRow(f"{where}: generated is {generated!r}, wanted an object")
     return {"image": row["image"], "short": short, "long": long, "generated": generated}
 
 
-def parse_pair(line, where, folder):
-    """One JSON line -> {"image": path, "short": [captions], "long": caption or None, "where": "file:line"}. BadRow says what is wrong."""
-    row = parse_row(line, where)
-    if not row["short"] and row["long"] is None:
-        raise BadRow(
-            f"{where}: neither a short nor a long caption (python -m extras.captions fill has a model write them)"
-        )
-    path = folder / row["image"]
-    if not path.is_file():
-        raise BadRow(f"{where}: picture {path} not found")
-    return {"image": path, "short": row["short"], "long": row["long"], "where": where}
-
-
-def lines_of(path):
-    """The lines of a file, as text. One ends at a line feed alone; what is not UTF-8 is replaced."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        yield from file
-
-
-def write_lines(path, lines, mode="w"):
-    """Strings as the lines of a file."""
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-
-
-def line_at(file, starts, number):
-    """Line `number` of an open file, as lines_of gives it; safe to call from several processes at once. starts: its line_index."""
-    start, end = starts[number : number + 2].tolist()
-    return os.pread(file.fileno(), end - start, start).decode("utf-8", errors="replace")
-
-
-def line_starts(path, chunk=1 << 22):
-    """Where each line of a file begins, and where the last one ends: (lines + 1,) integers, without holding the file in memory."""
-    parts, size = [np.zeros(1, dtype=np.int64)], Path(path).stat().st_size
+def line_starts(path: Path, chunk: int = 1 << 22) -> np.ndarray:
+    """Byte at which each line begins, and the end of the file: (lines + 1,) integers."""
+    starts = [np.zeros(1, dtype=np.int64)]
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        for start in range(0, size, chunk):
-            parts.append(
-                np.flatnonzero(np.frombuffer(file.read(chunk), dtype=np.uint8) == ord("\n"))
-                + (start + 1)
-            )
-    starts = np.concatenate(parts)
+        for offset in range(0, size, chunk):
+            block = np.frombuffer(file.read(chunk), dtype=np.uint8)
+            starts.append(np.flatnonzero(block == ord("\n")) + offset + 1)
+    starts = np.concatenate(starts)
     return starts if starts[-1] == size else np.append(starts, size)
 
 
-INDEXED = 1 << 26  # bytes from which on a file's index is kept beside it
-
-
-def line_index(path):
-    """line_starts of a file; of a large one memory-mapped from PATH.index.npy, made when it is missing or not of this file as it is now."""
-    about, stored = path.stat(), Path(f"{path}.index.npy")
-    if about.st_size < INDEXED:
-        return line_starts(path)
-    if stored.is_file() and (index := np.load(stored, mmap_mode="r"))[[0, -1]].tolist() == [
-        about.st_mtime_ns,
-        about.st_size,
-    ]:
-        return np.asarray(index)[1:]
-    partial = stored.with_name(
-        f"{stored.name}.{os.getpid()}.partial"
-    )  # other processes may be about it too
-    starts = line_starts(path)
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, np.append(about.st_mtime_ns, starts))
-        partial.replace(stored)
-    except OSError:  # a folder that cannot be written to
-        return starts
-    return line_index(path)
-
-
 class Pairs:
-    """The rows of a pairs file, read from the disk when they are asked for: what is held is their line numbers, 8 bytes a row, and as
-    much for where the lines begin (see line_index).
+    """The rows of a pairs file, read from the disk when they are asked for.
 
-    The first rows are checked when the file is opened. `bad` holds the message of every one that was skipped (on_bad "skip"); "error"
-    raises at the first. A row further on shows its faults when it is drawn.
+    What is held in memory are 16 bytes a row: where its line begins, and its number.
     """
 
-    together = 1  # neighbouring rows that share a batch
-    CHECKED = 5000  # rows that are checked at once; in a file no longer than that their pictures too, so that a broken one shows now
+    group_size = 1  # neighbouring rows that share a batch
 
-    def __init__(self, path, tokenizer, on_bad="error"):
-        if on_bad not in ("error", "skip"):
-            raise ValueError(f"on-bad-data is {on_bad!r}: 'error' or 'skip'")
-        self.path, self.tokenizer, self.bad = Path(path), tokenizer, []
+    def __init__(self, path: str | Path, tokenizer: Tokenizer):
+        self.path = Path(path)
+        self.tokenizer = tokenizer
         if not self.path.is_file():
             raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
-        self.file, self.starts = open(self.path, "rb"), line_index(self.path)
-        lines = len(self.starts) - 1
-        first = min(lines, self.CHECKED)
-        checked = [
-            number for number in range(first) if self.good(number, lines <= self.CHECKED, on_bad)
-        ]
-        self.numbers = np.concatenate(
-            [np.array(checked, dtype=np.int64), np.arange(first, lines)]
-        )  # (rows,) their lines
-        if len(self) < 2:
-            why = f"; first: {self.bad[0]}" if self.bad else ""
-            raise ValueError(
-                f"{path}: {len(self)} usable rows ({len(self.bad)} bad); at least 2 are needed{why}"
-            )
+        self.starts = line_starts(self.path)
+        self.file = open(self.path, "rb")
+        self.numbers = np.flatnonzero(np.diff(self.starts) > 1)  # of the lines that are not empty
 
-    def line(self, number):
-        """The text of line `number`, counted from 0."""
-        return line_at(self.file, self.starts, number)
-
-    def good(self, number, decode, on_bad):
-        """Is this line a usable row? A blank one is none, without being bad."""
-        try:
-            if not self.line(number).strip():
-                return False
-            row = self.parsed(number)
-            if decode:
-                self.picture(row)
-        except BadRow as error:
-            if on_bad == "error":
-                raise
-            self.bad.append(str(error))
-            return False
-        return True
-
-    def parsed(self, number):
-        """The row on line `number` as parse_pair gives it; BadRow when the tokenizer refuses one of its captions."""
-        row = parse_pair(self.line(number), f"{self.path}:{number + 1}", self.path.parent)
-        try:
-            for caption in [*row["short"], *([row["long"]] if row["long"] else [])]:
-                self.tokenizer.checked(caption)
-        except ValueError as error:
-            raise BadRow(f"{row['where']}: {error}") from None
-        return row
-
-    def picture(self, row):
-        try:
-            return open_image(row["image"])
-        except ValueError as error:
-            raise BadRow(f"{row['where']}: {error}") from None
-
-    def held_out(self, count, seed="holdout"):
-        """Take up to `count` random rows with a short caption out of this file's rows; returns them as parse_pair gives them.
-
-        No more than 20 times as many are looked at: a file may have 8 million rows and no short caption.
-        """
-        taken = {}
-        for index in (
-            np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count].tolist()
-        ):
-            with contextlib.suppress(
-                BadRow
-            ):  # one beyond the checked ones: training will come upon it
-                row = self.parsed(self.numbers[index])
-                if row["short"]:
-                    taken[index] = row
-            if len(taken) == count:
-                break
-        self.numbers = np.delete(self.numbers, list(taken))
-        return list(taken.values())
-
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.numbers)
 
-    def row(self, index, rng):
-        """{"image": RGB picture, "short": one of its captions or None, "long": caption or None, "cut": captions cut}; rng draws the caption."""
-        row = self.parsed(self.numbers[index])
-        told = {"short": rng.choice(row["short"]) if row["short"] else None, "long": row["long"]}
-        kept = {side: text and cut(text, side, self.tokenizer) for side, text in told.items()}
+    def parse(self, index: int) -> dict:
+        """Row `index` with its image as a path and its captions truncated; BadRow says why not."""
+        number = self.numbers[index]
+        start, end = self.starts[number : number + 2].tolist()
+        line = os.pread(self.file.fileno(), end - start, start)  # safe in several processes at once
+        where = f"{self.path}:{number + 1}"
+        row = parse_row(line.decode("utf-8", errors="replace"), where)
+        if not row["short"] and row["long"] is None:
+            raise BadRow(f"{where}: neither a short nor a long caption")
+        try:
+            short = [self.truncate(caption, "short") for caption in row["short"]]
+            long = None if row["long"] is None else self.truncate(row["long"], "long")
+        except ValueError as error:
+            raise BadRow(f"{where}: {error}") from None
+        truncated = (short, long) != (row["short"], row["long"])
+        image = self.path.parent / row["image"]
         return {
-            "image": self.picture(row),
-            **kept,
-            "where": row["where"],
-            "cut": sum(kept[side] != told[side] for side in told),
+            "image": image,
+            "short": short,
+            "long": long,
+            "where": where,
+            "truncated": truncated,
         }
 
+    def truncate(self, caption: str, side: str) -> str:
+        self.tokenizer.validate_text(caption)
+        return truncate_caption(caption, side, self.tokenizer)
 
-TRIPLE_COLUMNS = ("sent0", "sent1", "hard_neg")
-TEXT_ROW = {"image": None, "short": None, "long": None}  # what a row without a picture says of one
+    def row(self, index: int, rng: random.Random) -> dict:
+        """Row `index`, its image opened, with one of its short captions, which rng draws."""
+        row = self.parse(index)
+        try:
+            image = open_image(row["image"])
+        except ValueError as error:
+            raise BadRow(f"{row['where']}: {error}") from None
+        return row | {"image": image, "short": rng.choice(row["short"]) if row["short"] else None}
 
+    def hold_out(self, count: int, bad_rows: "BadRows", seed: str = "holdout") -> list[dict]:
+        """Take up to `count` random rows with a short caption out of the file's; images as paths.
 
-class Triples:
-    """Rows for text-only training from a CSV file with the columns sent0, sent1, hard_neg, as E5-V's NLI data."""
-
-    together = 1
-
-    def __init__(self, path, tokenizer):
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(
-                f"{path} not found: --text-data wants scenes, or a CSV file with the columns {', '.join(TRIPLE_COLUMNS)}"
-            )
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not set(TRIPLE_COLUMNS) <= set(reader.fieldnames or ()):
-                raise ValueError(
-                    f"{path}: the first line is {reader.fieldnames}; wanted the columns {', '.join(TRIPLE_COLUMNS)}"
-                )
-            self.rows = []
-            for row in reader:
-                try:
-                    self.rows.append(
-                        (
-                            tuple(tokenizer.checked(row[name]) for name in TRIPLE_COLUMNS),
-                            f"{path}:{reader.line_num}",
-                        )
-                    )
-                except ValueError as error:
-                    raise BadRow(f"{path}:{reader.line_num}: {error}") from None
-        if len(self.rows) < 2:
-            raise ValueError(f"{path}: {len(self.rows)} rows; at least 2 are needed")
-
-    def __len__(self):
-        return len(self.rows)
-
-    def row(self, index, rng):
-        triple, where = self.rows[index]
-        return TEXT_ROW | {"triple": triple, "where": where}
+        No more than 20 times as many are tried: a file may have 8 million rows and no short caption.
+        """
+        rows = {}
+        order = np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count]
+        for tried, index in enumerate(order.tolist(), start=1):
+            if len(rows) == count:
+                break
+            try:
+                self.row(index, random.Random(0))  # opens the image as well
+                row = self.parse(index)
+                if row["short"]:
+                    rows[index] = row
+            except BadRow as error:
+                bad_rows.add([str(error)])
+                reason = bad_rows.too_many(len(bad_rows.messages), tried)
+                if reason:
+                    raise ValueError(reason) from None
+        self.numbers = np.delete(self.numbers, list(rows))
+        return list(rows.values())
 
 
-class Joined:
-    """Rows of pairs, each with a triple of texts beside it."""
+class BadRows:
+    """The rule for rows that cannot be used: each is named once and replaced by the next that can.
 
-    def __init__(self, pairs, triples):
-        self.pairs, self.triples, self.together, self.bad = (
-            pairs,
-            triples,
-            pairs.together,
-            getattr(pairs, "bad", []),
-        )
+    More than 3 and more than 1 % of the rows seen so far are too many. `write_to` a file lists them
+    there, and takes up what an interrupted run has listed.
+    """
 
-    def __len__(self):
-        return len(self.pairs)
+    def __init__(self):
+        self.path = None
+        self.messages = []
 
-    def row(self, index, rng):
-        return self.pairs.row(index, rng) | {
-            "triple": self.triples.row(index % len(self.triples), rng)["triple"]
-        }
+    def write_to(self, path: Path) -> None:
+        """Keep the list in a file from now on."""
+        new = self.messages
+        self.path = path
+        self.messages = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.add(new)
+
+    def add(self, messages: list[str]) -> None:
+        """Take note of what was wrong with some rows."""
+        for message in messages:
+            message = " ".join(message.split())
+            if message in self.messages:
+                continue
+            self.messages.append(message)
+            print(f"left out: {message}", file=sys.stderr, flush=True)
+            if self.path is not None:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(message + "\n")
+
+    def too_many(self, num_bad: int, rows_seen: int) -> str | None:
+        """Why a run should end, or None. num_bad: how many there are, over all processes."""
+        if num_bad <= max(3, rows_seen / 100):
+            return None
+        return f"{num_bad} of {rows_seen} rows cannot be used; the last: {self.messages[-1:]}"
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------- files and processes
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """A safetensors file that is there whole or not at all: written aside, flushed, renamed."""
+    partial = Path(f"{path}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
+def pick_device(name: str | None) -> str:
+    """The device that was asked for, or the first CUDA device, or the CPU."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+    return device
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(number of this process, how many) among those that torchrun started; (0, 1) without it."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def init_distributed(device: str) -> str:
+    """Join the processes that torchrun started; returns this one's device, cuda:<local rank>."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return device
+    if torch.device(device).type != "cuda":
+        dist.init_process_group("gloo")
+        return device
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=torch.device(device))
+    return device
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if rank_and_world_size()[1] > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if rank_and_world_size()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """(the rows of all processes in rank order, index of this one's first); their counts may differ."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return rows, 0
+    counts = torch.zeros(world_size, dtype=torch.long, device=rows.device)
+    counts[rank] = len(rows)
+    counts = all_reduce_sum(counts).tolist()
+    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+    padded = torch.cat([rows, padding])
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    parts = [part[:count] for part, count in zip(parts, counts)]
+    return torch.cat(parts), sum(counts[:rank])
+
+
+# -------------------------------------------------------------------------------- command line
 
 
 def command(main):
-    """Decorator of every command line here: a ValueError is the user's, so it ends in one line on stderr and exit code 2."""
+    """Decorator of every command: bad input ends in one line on stderr and exit code 2."""
 
-    def run(argv=None):
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None):
         try:
             return main(argv)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         finally:
@@ -687,36 +689,50 @@ def command(main):
     return run
 
 
-def say(*words):
+def say(*words) -> None:
     """Print, in the first process only."""
-    if ranks()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(*words, flush=True)
 
 
-def format_table(header, rows):
+def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
     table = [header, *rows]
-    widths = [max(len(row[c]) for row in table) for c in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if c == 0 else cell.rjust(w)
-            for c, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in table
-    ]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:]):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def add_model_flags(parser):
-    """--model --adapter --device --dtype, the same for every script that takes a model."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model --adapter --device --dtype, the same for every command that takes a model."""
+    names = ", ".join(MODELS)
     parser.add_argument(
-        "--model",
-        default="tiny",
-        help=f"{', '.join(NAMES)}, a folder in their layout, or a hub id (default: tiny)",
+        "--model", default="tiny", help=f"{names}, a folder or a hub id (default: tiny)"
     )
     parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one)")
-    parser.add_argument(
-        "--dtype",
-        help=f"{', '.join(DTYPES)} (default: bfloat16 on cuda, on the cpu float32 if it fits well)",
-    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    dtype_help = "of the weights (default: bfloat16 on cuda, float32 on the cpu if it fits)"
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help=dtype_help)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, cls, helps: dict[str, str]) -> None:
+    """A flag for every field of a config dataclass that `helps` explains; defaults stay in the class.
+
+    A flag that is not used is absent from the parsed arguments.
+    """
+    for f in dataclasses.fields(cls):
+        if f.name not in helps:
+            continue
+        flag = f"--{f.name.replace('_', '-')}"
+        default = "" if f.default is None else f" (default: {f.default})"
+        options = {"default": argparse.SUPPRESS, "help": helps[f.name] + default}
+        kind = (typing.get_args(f.type) or (f.type,))[0]
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)

@@ -1,610 +1,510 @@
-"""Benchmarks: how well the embeddings of a model tell pictures and captions apart.
+"""The paper's metrics and benchmarks: retrieval, SugarCrepe(++), Winoground, ImageNet.
 
-    python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine     # a published benchmark; torchrun splits the work
-    python eval.py --task coco --folder DIR --embeddings clip.npz                        # the same metrics for any other system
-    python eval.py --task paper coco.json ...                 # the paper's tables, with results of earlier runs beside them
+    python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine --json coco.json
+    torchrun --nproc-per-node 8 eval.py --task coco --folder DIR ...  # encoding is shared out
+    python eval.py --task coco --folder DIR --embeddings clip.npz  # the same metrics for any system
+    python eval.py --task paper coco.json ...  # the paper's tables, with results of earlier runs
 
-Metrics take embeddings, not models. The published benchmarks, where their files come from and what is measured: docs/evaluation.md.
+Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS: docs/evaluation.md says
+which files each wants; docs/extending.md adds one.
 
-Not here: training (train.py), the formulas of the paper (vladva.py), the scenes (extras/scenes.py), what the paper looks into
-(extras/studies.py).
+Not here: the scenes of the embedded default (extras/scenes.py), figures (extras/studies.py).
 """
 
 import argparse
 import functools
-import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import data
-from data import add_model_flags, command, format_table, say
-from model import encode_over_ranks, ranks, read_json, sum_over_ranks
-from vladva import (
-    load_model,
-    next_token_loss,
-    similarity,
-)
+from data import all_gather_rows, all_reduce_sum, format_table, rank_and_world_size, say
+from model import read_json, write_json
+from vladva import VladVA, load_model, similarity
 
-DEV_SEED, TEST_SEED = (
-    1000,
-    2000,
-)  # settings are chosen on the scenes of DEV_SEED, results are reported on those of TEST_SEED
-
-# ------------------------------------------------------------------------------------------------------ metrics, in percent
+# ------------------------------------------------------------------------- metrics, in percent
 
 
-def ranks_of_own(image_emb, text_emb, owner, block=2048):
-    """(text_ranks (B,), image_ranks (A,)): how many others score at least as high as what belongs together; a tie counts against the model.
+def percent(hits: Tensor) -> float:
+    """Share of True in a tensor, in percent."""
+    return 100 * hits.double().mean().item()
 
-    image_emb: (A, D); text_emb: (B, D); owner: (B,) image of each text. text_ranks: other images, for each text. image_ranks: texts of
-    others, for each image against the best of its own. Only `block` texts' similarities exist at a time, twice: A x block x 4 bytes each.
+
+def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, block: int = 2048):
+    """Rank of each text's image (B,), and of the best text of each image (A,); 0 is the best.
+
+    image_emb: (A, D); text_emb: (B, D); image_of_text: (B,) the image that each text belongs to. The
+    rank of a text's image is the number of other images that score at least as high for the text:
+    a tie counts against the model. That of an image's texts is the number of other images' texts
+    that score at least as high as the best of its own. Similarities exist for `block` texts at once.
     """
-    text_rank, best_own = [], torch.full((len(image_emb),), -torch.inf)
     blocks = [slice(start, start + block) for start in range(0, len(text_emb), block)]
-    for rows in blocks:
-        sim, own_image = similarity(image_emb, text_emb[rows]), owner[rows]
-        own = sim.gather(0, own_image[None])[0]
-        text_rank.append((sim >= own).sum(0) - 1)
-        best_own.scatter_reduce_(0, own_image, own, "amax")
-    image_rank = torch.zeros(len(image_emb), dtype=torch.long)
-    for rows in blocks:
-        sim = similarity(image_emb, text_emb[rows]).scatter_(0, owner[rows][None], -torch.inf)
-        image_rank += (sim >= best_own[:, None]).sum(1)
-    return torch.cat(text_rank), image_rank
+    image_ranks = []
+    best_own = torch.full((len(image_emb),), -torch.inf, dtype=image_emb.dtype)  # (A,)
+    for texts in blocks:
+        sim = similarity(image_emb, text_emb[texts])  # (A, block)
+        own = sim.gather(0, image_of_text[texts][None])[0]  # (block,)
+        image_ranks.append((sim >= own).sum(0) - 1)
+        best_own.scatter_reduce_(0, image_of_text[texts], own, "amax")
+    text_ranks = torch.zeros(len(image_emb), dtype=torch.long)
+    for texts in blocks:
+        sim = similarity(image_emb, text_emb[texts])
+        sim.scatter_(0, image_of_text[texts][None], -torch.inf)  # only texts of others count
+        text_ranks += (sim >= best_own[:, None]).sum(1)
+    return torch.cat(image_ranks), text_ranks
 
 
-def recall_at(image_emb, text_emb, owner, ks=(1, 5, 10), block=2048):
-    """Retrieval both ways, in percent: {"image_to_text": {"R@1": ...}, "text_to_image": ...}. Arguments as ranks_of_own's.
+def recall(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, ks=(1, 5, 10)) -> dict:
+    """{"image_to_text R@1": percent, ..., "text_to_image R@1": ...}; arguments: retrieval_ranks."""
+    image_ranks, text_ranks = retrieval_ranks(image_emb, text_emb, image_of_text)
+    text_ranks = text_ranks[image_of_text.unique()]  # of the images that have a text
+    scores = {f"image_to_text R@{k}": percent(text_ranks < k) for k in ks}
+    return scores | {f"text_to_image R@{k}": percent(image_ranks < k) for k in ks}
 
-    A text is found when fewer than k other images score as high as its own; an image when any of its texts is among its k best.
+
+def negative_accuracy(positive: Tensor, negative: Tensor) -> float:
+    """SugarCrepe: items (n,) whose true caption scores strictly higher than the false one."""
+    return percent(positive > negative)
+
+
+def paraphrase_accuracy(image: Tensor, first: Tensor, second: Tensor, false: Tensor) -> dict:
+    """SugarCrepe++: embeddings (n, D) of images, two true captions and a false one.
+
+    ITT: the image is nearer to both true captions than to the false one. TOT: the true captions are
+    nearer to each other than either is to the false one. Strictly.
     """
-    text_rank, image_rank = ranks_of_own(image_emb, text_emb, owner, block)
-    has_text = torch.zeros(len(image_emb), dtype=torch.bool).scatter(0, owner, True)
-    percent = lambda rank, k: 100 * (rank < k).double().mean().item()
-    return {
-        "image_to_text": {f"R@{k}": percent(image_rank[has_text], k) for k in ks},
-        "text_to_image": {f"R@{k}": percent(text_rank, k) for k in ks},
-    }
+
+    def sim(a, b):
+        return (a * b).sum(-1)
+
+    image_false, between = sim(image, false), sim(first, second)
+    itt = (sim(image, first) > image_false) & (sim(image, second) > image_false)
+    tot = (between > sim(first, false)) & (between > sim(second, false))
+    return {"ITT": percent(itt), "TOT": percent(tot)}
 
 
-def negative_accuracy(positive, negative):
-    """Share of items whose true caption scores strictly higher than the false one (SugarCrepe). Two (items,) tensors."""
-    return 100 * (positive > negative).double().mean().item()
+def winoground_scores(sim: Tensor) -> dict:
+    """Winoground's text, image and group score. sim: (n, 2, 2), [item, image, caption]."""
+    text = (sim[:, 0, 0] > sim[:, 0, 1]) & (sim[:, 1, 1] > sim[:, 1, 0])
+    image = (sim[:, 0, 0] > sim[:, 1, 0]) & (sim[:, 1, 1] > sim[:, 0, 1])
+    return {"text": percent(text), "image": percent(image), "group": percent(text & image)}
 
 
-def paraphrase_accuracy(seen, first, second, false):
-    """SugarCrepe++, of two true captions P1, P2 and a false one N, strictly.
+def class_accuracy(image_emb: Tensor, prompt_emb: Tensor, label: Tensor, ks=(1, 5)) -> dict:
+    """Zero-shot classification, {"top-1": percent, ...}. label: (A,) class of each image.
 
-    seen: (items, 3), s(I, P1), s(I, P2), s(I, N); first, second, false: (items, D), the embeddings of P1, P2 and N.
-    ITT: the picture is nearer to both true captions than to N. TOT: the true captions are nearer to each other than either is to N.
-    """
-    between = torch.stack(
-        [(a * b).sum(-1) for a, b in ((first, second), (first, false), (second, false))], 1
-    )
-    hits = {
-        "ITT": (seen[:, :2] > seen[:, 2:]).all(1),
-        "TOT": (between[:, :1] > between[:, 1:]).all(1),
-    }
-    return {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
-
-
-def winoground_scores(sims):
-    """Text, image and group score (Winoground). sims: (items, 2, 2), [n, i, c] = similarity of image i and caption c of item n."""
-    text = (sims[:, 0, 0] > sims[:, 0, 1]) & (sims[:, 1, 1] > sims[:, 1, 0])
-    image = (sims[:, 0, 0] > sims[:, 1, 0]) & (sims[:, 1, 1] > sims[:, 0, 1])
-    return {
-        name: 100 * hits.double().mean().item()
-        for name, hits in (("text", text), ("image", image), ("group", text & image))
-    }
-
-
-def class_accuracy(image_emb, prompt_emb, label, ks=(1, 5)):
-    """Zero-shot classification, {"top-1": percent, ...}. prompt_emb: (templates, classes, D); label: (A,) class of each image.
-
-    A class is the mean of its normalised prompt embeddings, normalised again.
+    prompt_emb: (templates, classes, D): a class is the mean of its prompts, normalised again.
     """
     classes = F.normalize(prompt_emb.mean(0), dim=-1)
-    rank, _ = ranks_of_own(classes, image_emb, label)
-    return {f"top-{k}": 100 * (rank < k).double().mean().item() for k in ks}
+    ranks, _ = retrieval_ranks(classes, image_emb, label)
+    return {f"top-{k}": percent(ranks < k) for k in ks}
 
 
-class IndexedList:
-    """A list in which a thing that is asked for again keeps its place, so that it is encoded once."""
-
-    def __init__(self):
-        self.items, self.places = [], {}
-
-    def index(self, thing):
-        if thing not in self.places:
-            self.places[thing] = len(self.items)
-            self.items.append(thing)
-        return self.places[thing]
-
-
-@torch.no_grad()
-def caption_loss(model, captioned, batch=32):
-    """Eq. 2 on held-out long captions: {"loss": nats a token, "tokens": how many}; under torchrun every process takes its share.
-
-    captioned: [(picture, long caption), ...].
-    """
-    (rank, processes), total = ranks(), torch.zeros(2, dtype=torch.float64)
-    mine = captioned[rank::processes]
-    for start in tqdm(
-        range(0, len(mine), batch), desc="reading long captions", leave=False, disable=None
-    ):
-        rows = [
-            {"image": data.open_image(image), "short": None, "long": long}
-            for image, long in mine[start : start + batch]
-        ]
-        part = model.training_batch(rows).to(model.lvlm.device)
-        loss = next_token_loss(
-            model.outputs(part).caption_states, part.targets, model.lvlm.head.weight, total=1
-        )
-        total += torch.tensor([loss.item(), len(part.targets)])
-    loss, tokens = sum_over_ranks(total.to(model.lvlm.device)).tolist()
-    return {"loss": loss / tokens, "tokens": int(tokens)}
-
-
-# ------------------------------------------------------------------------------------------------------ held-out rows of a run
-
-LONG_CAPTIONS = 300  # held-out long captions whose next-token loss is measured
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Scores and the gallery's similarity table, (pictures, captions)."""
-
-    results: dict
-    sim: torch.Tensor
-
-
-# ------------------------------------------------------------------------------------------------------ published benchmarks
-
-PUBLISHED = {  # task: where its files come from
-    "flickr30k": "dataset_flickr30k.json: cs.stanford.edu/people/karpathy/deepimagesent; pictures: shannon.cs.illinois.edu/DenotationGraph",
-    "coco": "dataset_coco.json: cs.stanford.edu/people/karpathy/deepimagesent; pictures (val2014): cocodataset.org",
-    "nocaps": "nocaps_val_4500_captions.json and pictures: nocaps.org",
-    "sugarcrepe": "github.com/RAIVNLab/sugar-crepe, data/; pictures (val2017): cocodataset.org",
-    "sugarcrepe_pp": "github.com/Sri-Harsha/scpp, data/; pictures (val2017): cocodataset.org",
-    "winoground": "huggingface.co/datasets/facebook/winoground, data/examples.jsonl and data/images.zip",
-    "imagenet": "image-net.org: val/, sorted into 1000 folders named after the WordNet ids",
-}
-SUGARCREPE = {
-    "Replace": ("replace_obj", "replace_att", "replace_rel"),
-    "Swap": ("swap_obj", "swap_att"),
-    "Add": ("add_obj", "add_att"),
-}
-DOMAINS = {
-    "in": "in-domain",
-    "near": "near-domain",
-    "out": "out-domain",
-}  # by the first word of what nocaps files say
-SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.", "art of the {}.",
-         "a photo of the small {}.")  # fmt: skip
+# ---------------------------------------------------------------------------------- benchmarks
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pictures (paths) and texts, each once, and what is asked of their embeddings."""
+    """Images and texts, each once, and what is asked of their embeddings."""
 
-    images: list
-    texts: list
-    score: callable  # (image_emb, text_emb) -> {"scores": {name as in the paper's tables: percent}, ...}
+    images: Sequence  # what VladVA.encode_image takes
+    texts: list[str]
+    score: Callable  # (image_emb, text_emb) -> {name as in the paper's tables: percent}
+    counts: dict  # what there is of what, for the reader
+
+
+class IndexedList(list):
+    """A list in which an item that is added again keeps its index, so that it is encoded once."""
+
+    def __init__(self):
+        super().__init__()
+        self.indices = {}
+
+    def add(self, item) -> int:
+        if item not in self.indices:
+            self.indices[item] = len(self)
+            self.append(item)
+        return self.indices[item]
+
+
+def retrieval(images: Sequence, captions: list[list[str]]) -> Benchmark:
+    """Images, each with the list of its captions."""
+    texts, image_of_text = [], []
+    for index, captions_of_image in enumerate(captions):
+        texts += captions_of_image
+        image_of_text += [index] * len(captions_of_image)
+    score = functools.partial(recall, image_of_text=torch.tensor(image_of_text))
+    return Benchmark(images, texts, score, {"images": len(images), "captions": len(texts)})
+
+
+GROUPS = {  # categories of SugarCrepe, whose plain means the paper's Table 4 reports
+    "Replace": ("replace_obj", "replace_att", "replace_rel"),
+    "Swap": ("swap_obj", "swap_att"),
+    "Add": ("add_obj", "add_att"),
+}
+
+
+def category_scores(items: dict, groups: dict, image_emb: Tensor, text_emb: Tensor) -> dict:
+    """Scores of hard negatives: of each category, and the mean of each group.
+
+    items: {category: [(image index, true text, false text) or (image index, true text, the same in
+    other words, false text), ...]}; groups: {group: its categories}.
+    """
+    scores = {}
+    for category, rows in items.items():
+        image, *texts = torch.tensor(rows).T
+        image, texts = image_emb[image], [text_emb[text] for text in texts]
+        if len(texts) == 2:
+            true, false = ((image * text).sum(-1) for text in texts)
+            scores[category] = {"": negative_accuracy(true, false)}
+        else:
+            parts = paraphrase_accuracy(image, *texts)
+            scores[category] = {f" {name}": value for name, value in parts.items()}
+    for group, categories in groups.items():
+        members = [scores[category] for category in categories if category in scores]
+        if members:
+            means = {name: sum(m[name] for m in members) / len(members) for name in members[0]}
+            scores[group] = means
+    return {
+        f"{key}{name}": value for key, values in scores.items() for name, value in values.items()
+    }
 
 
 class Folder:
-    """A benchmark's files; what is missing is named together with the place where it is published."""
+    """A benchmark's files; what is missing is named together with the place of publication."""
 
-    def __init__(self, root, task, clean):
-        self.root, self.task, self.clean = Path(root), task, clean
+    def __init__(self, root: str | Path, task: str, source: str):
+        self.root = Path(root)
+        self.task = task
+        self.source = source
+        if not self.root.is_dir():
+            self.refuse("no such folder")
 
-    def refuse(self, problem):
-        raise ValueError(
-            f"{self.root}: {problem}; {self.task} is published at {PUBLISHED[self.task]}"
-        )
+    def refuse(self, problem: str):
+        raise ValueError(f"{self.root}: {problem}; {self.task} is published at {self.source}")
 
-    def file(self, name):
+    def file(self, name: str) -> Path:
         """A file in the folder, or in data/ or annotations/ of it."""
-        found = [
-            path
-            for path in (self.root / sub / name for sub in ("", "data", "annotations"))
-            if path.is_file()
-        ]
-        return found[0] if found else self.refuse(f"{name} not found")
-
-    def json(self, name):
-        return read_json(self.file(name))
-
-    def lines(self, name):
-        """The objects of a file of JSON lines."""
-        for number, line in enumerate(
-            self.file(name).read_text(encoding="utf-8").split("\n"), start=1
-        ):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    self.refuse(f"{name}:{number} is not JSON ({error})")
-
-    def picture(self, *names):
-        """The first of some file names that lies in the folder, or in one of the folders that pictures are unpacked to."""
-        for path in (self.root / sub / name for sub in ("", *PICTURE_FOLDERS) for name in names):
+        for path in (self.root / sub / name for sub in ("", "data", "annotations")):
             if path.is_file():
                 return path
-        return self.refuse(
-            f"picture {names[0]} not found, neither there nor in {', '.join(PICTURE_FOLDERS)}"
-        )
+        return self.refuse(f"{name} not found")
 
-    def field(self, row, key, where):
-        return (
-            row[key]
-            if key in row
-            else self.refuse(f"{where} has no {key!r}, only {', '.join(map(repr, row))}")
-        )
+    def json(self, name: str):
+        return read_json(self.file(name), dict | list)
 
-
-PICTURE_FOLDERS = ("images", "val2017", "val2014", "val", "flickr30k-images")
+    def image(self, *names: str) -> Path:
+        """The first of some file names that lies in the folder or where images are unpacked to."""
+        for path in (self.root / sub / name for sub in ("", *IMAGE_FOLDERS) for name in names):
+            if path.is_file():
+                return path
+        return self.refuse(f"image {names[0]} not found, not in {', '.join(IMAGE_FOLDERS)} either")
 
 
-def clean_text(text, strip_period=False):
-    """One blank between words and none at the ends: in SugarCrepe stray ones stand in the true captions alone. On request no final full stop."""
-    words = " ".join(text.split())
-    return words[:-1].rstrip() if strip_period and words.endswith(".") else words
+IMAGE_FOLDERS = ("images", "val2017", "val2014", "val", "flickr30k-images")
 
 
-def retrieval(images, captions):
-    """Benchmark of pictures with their captions, one list a picture."""
-    owner = torch.tensor([i for i, mine in enumerate(captions) for _ in mine])
-    texts = [caption for mine in captions for caption in mine]
+def clean_text(text: str, args) -> str:
+    """One space between words, none at the ends: in SugarCrepe stray ones mark the true captions.
 
-    def score(image_emb, text_emb):
-        return {
-            "scores": flat(recall_at(image_emb, text_emb, owner)),
-            "counts": {"pictures": len(images), "captions": len(texts)},
-        }
-
-    return Benchmark(images, texts, score)
+    With --strip-period the final full stop goes as well.
+    """
+    text = " ".join(text.split())
+    return text[:-1].rstrip() if args.strip_period and text.endswith(".") else text
 
 
-def flat(recall):
-    """{"text_to_image R@1": ...} of what recall_at returns."""
-    return {
-        f"{direction} {name}": value
-        for direction, values in recall.items()
-        for name, value in values.items()
-    }
-
-
-def karpathy(folder, args):
-    """Flickr30k or COCO in Karpathy's split, test part, up to --captions captions a picture."""
-    name = f"dataset_{folder.task}.json"
+def read_karpathy(folder: Folder, args) -> Benchmark:
+    """Flickr30k or COCO in Karpathy's split, test part."""
     images, captions = [], []
-    for row in folder.field(folder.json(name), "images", name):
-        if folder.field(row, "split", name) == "test":
-            names = [row["filename"], *([f"{row['cocoid']:012d}.jpg"] if "cocoid" in row else [])]
-            images.append(
-                folder.picture(
-                    *([f"{row['filepath']}/{row['filename']}"] if "filepath" in row else []), *names
-                )
-            )
-            captions.append(
-                [folder.clean(s["raw"]) for s in row["sentences"][: args.captions or None]]
-            )
-    return (
-        retrieval(images, captions)
-        if images
-        else folder.refuse(f"{name} has no row of split 'test'")
-    )
+    for row in folder.json(f"dataset_{args.task}.json")["images"]:
+        if row["split"] != "test":
+            continue
+        names = [row["filename"]]
+        if "cocoid" in row:
+            names = [f"{row['filepath']}/{names[0]}", *names, f"{row['cocoid']:012d}.jpg"]
+        images.append(folder.image(*names))
+        sentences = row["sentences"][: args.captions or None]
+        captions.append([clean_text(sentence["raw"], args) for sentence in sentences])
+    return retrieval(images, captions) if images else folder.refuse("no row of split 'test'")
 
 
-def nocaps(folder, args):
-    """Retrieval inside each domain and the plain mean of the three, as the paper reports it, and among all pictures."""
-    name = "nocaps_val_4500_captions.json"
-    raw, by_image = folder.json(name), {}
-    for note in folder.field(raw, "annotations", name):
-        by_image.setdefault(note["image_id"], []).append(folder.clean(note["caption"]))
-    rows = folder.field(raw, "images", name)
-    domain = [DOMAINS.get(folder.field(row, "domain", name).split("-")[0]) for row in rows]
-    if set(domain) != set(DOMAINS.values()):
-        folder.refuse(
-            f"{name} has the domains {sorted({row['domain'] for row in rows})}, wanted {', '.join(DOMAINS.values())}"
-        )
-    captions = [by_image.get(row["id"], [])[: args.captions or None] for row in rows]
-    whole = retrieval([folder.picture(row["file_name"]) for row in rows], captions)
-    owner = [i for i, mine in enumerate(captions) for _ in mine]
+def read_nocaps(folder: Folder, args) -> Benchmark:
+    """Retrieval inside each domain, their plain mean as the paper reports it, and in the whole."""
+    raw = folder.json("nocaps_val_4500_captions.json")
+    captions_of = {row["id"]: [] for row in raw["images"]}
+    for row in raw["annotations"]:
+        captions_of[row["image_id"]].append(clean_text(row["caption"], args))
+    images, captions, domains = [], [], {}
+    for index, row in enumerate(raw["images"]):
+        images.append(folder.image(row["file_name"]))
+        captions.append(captions_of[row["id"]][: args.captions or None])
+        domains.setdefault(row["domain"].split("-")[0], []).append(index)  # in, near, out
+    if sorted(domains) != ["in", "near", "out"]:
+        folder.refuse(f"domains {sorted(domains)}, wanted in, near and out")
+    whole = retrieval(images, captions)
 
     def score(image_emb, text_emb):
-        parts, counts = {}, {}
-        for kind in DOMAINS.values():
-            inside = [i for i, d in enumerate(domain) if d == kind]
-            part = retrieval(inside, [captions[i] for i in inside])
-            parts[kind] = part.score(
-                image_emb[inside], text_emb[[t for t, i in enumerate(owner) if domain[i] == kind]]
-            )["scores"]
-            counts[kind] = len(inside)
-        scores = {
-            key: sum(part[key] for part in parts.values()) / len(parts)
-            for key in parts["in-domain"]
-        }
-        parts["whole gallery"] = whole.score(image_emb, text_emb)["scores"]
-        return {
-            "scores": scores
-            | {
-                f"{kind} {key}": value
-                for kind, part in parts.items()
-                for key, value in part.items()
-            },
-            "counts": counts,
-        }
+        scores, by_domain = {}, []
+        texts = text_emb.split([len(captions_of_image) for captions_of_image in captions])
+        for domain, indices in domains.items():
+            part = retrieval(indices, [captions[i] for i in indices])
+            part_scores = part.score(image_emb[indices], torch.cat([texts[i] for i in indices]))
+            by_domain.append(part_scores)
+            scores |= {f"{domain}-domain {name}": value for name, value in part_scores.items()}
+        for name in by_domain[0]:
+            scores[name] = sum(part_scores[name] for part_scores in by_domain) / 3
+        whole_scores = whole.score(image_emb, text_emb)
+        return scores | {f"whole gallery {name}": value for name, value in whole_scores.items()}
 
-    return Benchmark(whole.images, whole.texts, score)
+    counts = {f"{domain}-domain": len(indices) for domain, indices in domains.items()}
+    return Benchmark(images, whole.texts, score, whole.counts | counts)
 
 
-def hard_negatives(folder, categories, fields, score_items):
-    """SugarCrepe and SugarCrepe++: a file a category. score_items: (seen, *texts) -> {suffix: percent}.
-
-    seen: (items, texts an item), similarities with the picture; texts: (items, D) each.
-    """
+def read_hard_negatives(folder: Folder, args, fields: tuple, groups: dict) -> Benchmark:
+    """A file a category. fields: names of the texts of a row, the false one last."""
     images, texts, items = IndexedList(), IndexedList(), {}
-    for category in categories:
+    for category in (category for categories in groups.values() for category in categories):
         rows = folder.json(f"{category}.json")
-        rows = (
-            list(rows.values()) if isinstance(rows, dict) else rows
-        )  # SugarCrepe's keys have gaps
-        field = lambda row, key, category=category: folder.clean(
-            folder.field(row, key, f"{category}.json")
-        )
-        items[category] = [
-            (
-                images.index(folder.picture(row["filename"])),
-                *(texts.index(field(row, key)) for key in fields),
-            )
-            for row in rows
-        ]
+        items[category] = []
+        for row in rows.values() if isinstance(rows, dict) else rows:  # SugarCrepe's keys have gaps
+            captions = [texts.add(clean_text(row[field], args)) for field in fields]
+            items[category].append((images.add(folder.image(row["filename"])), *captions))
+    counts = {category: len(rows) for category, rows in items.items()}
+    score = functools.partial(category_scores, items, groups)
+    return Benchmark(images, texts, score, counts)
+
+
+def read_sugarcrepe(folder: Folder, args) -> Benchmark:
+    """One true and one false caption an image, 7 categories."""
+    return read_hard_negatives(folder, args, ("caption", "negative_caption"), GROUPS)
+
+
+def read_sugarcrepe_pp(folder: Folder, args) -> Benchmark:
+    """Two true captions and a false one an image, 5 categories."""
+    groups = {group: GROUPS[group] for group in ("Replace", "Swap")}
+    fields = ("caption", "caption2", "negative_caption")
+    return read_hard_negatives(folder, args, fields, groups)
+
+
+def read_winoground(folder: Folder, args) -> Benchmark:
+    """Two images and two captions of the same words an item."""
+    images, texts = [], []
+    for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for index in (0, 1):
+            name = row[f"image_{index}"]
+            images.append(folder.image(name, f"{name}.png", f"{name}.jpg"))
+            texts.append(clean_text(row[f"caption_{index}"], args))
 
     def score(image_emb, text_emb):
-        found = {}
-        for category, rows in items.items():
-            picture, *words = torch.tensor(rows).T
-            told = [text_emb[each] for each in words]
-            found[category] = score_items(
-                torch.stack([(image_emb[picture] * each).sum(1) for each in told], 1), *told
-            )
-        scores = {
-            f"{category}{suffix}": value
-            for category, values in found.items()
-            for suffix, value in values.items()
-        }
-        suffixes = next(iter(found.values()))
-        groups = {
-            group: [c for c in members if c in items] for group, members in SUGARCREPE.items()
-        }
-        means = {
-            f"{group}{suffix}": sum(scores[c + suffix] for c in members) / len(members)
-            for group, members in groups.items() if members for suffix in suffixes
-        }  # fmt: skip
-        return {
-            "scores": scores | means,
-            "counts": {category: len(rows) for category, rows in items.items()},
-        }
+        images, texts = image_emb.unflatten(0, (-1, 2)), text_emb.unflatten(0, (-1, 2))
+        return winoground_scores(images @ texts.transpose(1, 2))  # (items, 2, 2)
 
-    return Benchmark(images.items, texts.items, score)
+    return Benchmark(images, texts, score, {"items": len(images) // 2})
 
 
-def sugarcrepe(folder, args):
-    """One true and one false caption a picture, 7 categories."""
-    categories = [c for members in SUGARCREPE.values() for c in members]
-    return hard_negatives(
-        folder,
-        categories,
-        ("caption", "negative_caption"),
-        lambda seen, *_: {"": negative_accuracy(*seen.T)},
-    )
+SEVEN_TEMPLATES = (  # CLIP's short list
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 
 
-def sugarcrepe_pp(folder, args):
-    """Two true captions and a false one a picture, 5 categories."""
-    score_items = lambda seen, *texts: {
-        f" {name}": value for name, value in paraphrase_accuracy(seen, *texts).items()
-    }
-    categories = SUGARCREPE["Replace"] + SUGARCREPE["Swap"]
-    return hard_negatives(
-        folder, categories, ("caption", "caption2", "negative_caption"), score_items
-    )
-
-
-def winoground(folder, args):
-    """Two pictures and two captions of the same words an item."""
-    rows = list(folder.lines("examples.jsonl"))
-    name = lambda row, key: folder.field(row, key, "examples.jsonl")
-    images = [
-        folder.picture(name(row, key), f"{row[key]}.png", f"{row[key]}.jpg")
-        for row in rows
-        for key in ("image_0", "image_1")
-    ]
-    texts = [folder.clean(name(row, key)) for row in rows for key in ("caption_0", "caption_1")]
-
-    def score(image_emb, text_emb):
-        sims = image_emb.unflatten(0, (-1, 2)) @ text_emb.unflatten(0, (-1, 2)).transpose(
-            1, 2
-        )  # (items, 2, 2)
-        return {"scores": winoground_scores(sims), "counts": {"items": len(rows)}}
-
-    return Benchmark(images, texts, score)
-
-
-def imagenet(folder, args):
+def read_imagenet(folder: Folder, args) -> Benchmark:
     """Zero-shot classification of val/; class names in the order of the sorted WordNet ids."""
-    named = read_json(args.classes)
-    templates = {"one": ["a photo of a {}."], "seven": SEVEN, "all": named["templates"]}[
-        args.templates
-    ]
-    root = next(
-        (path for path in (folder.root / "val", folder.root) if any(path.glob("n*/*"))), None
-    ) or folder.refuse("no folder like n01440764 found")
+    classes = read_json(args.classes)
+    names, templates = classes["classnames"], classes["templates"]
+    templates = {"one": ["a photo of a {}."], "seven": SEVEN_TEMPLATES, "all": templates}
+    templates = templates[args.templates]
+    root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    if len(folders) != len(named["classnames"]):
-        folder.refuse(
-            f"{root} has {len(folders)} class folders, {args.classes} names {len(named['classnames'])}"
-        )
-    images = [
-        (path, label) for label, each in enumerate(folders) for path in sorted(each.iterdir())
-    ]
-    label = torch.tensor([label for _, label in images])
-    texts = [
-        template.format(name) for template in templates for name in named["classnames"]
-    ]  # by place, not by name: two names occur twice
+    if len(folders) != len(names):
+        folder.refuse(f"{len(folders)} class folders, but {args.classes} names {len(names)}")
+    images, labels = [], []
+    for label, class_folder in enumerate(folders):
+        for path in sorted(class_folder.iterdir()):
+            images.append(path)
+            labels.append(label)
+    texts = [template.replace("{}", name) for template in templates for name in names]
 
     def score(image_emb, text_emb):
-        counts = {"pictures": len(images), "classes": len(folders), "templates": len(templates)}
-        return {
-            "scores": class_accuracy(image_emb, text_emb.unflatten(0, (len(templates), -1)), label),
-            "counts": counts,
-        }
+        prompt_emb = text_emb.unflatten(0, (len(templates), -1))
+        return class_accuracy(image_emb, prompt_emb, torch.tensor(labels))
 
-    return Benchmark([path for path, _ in images], texts, score)
+    counts = {"images": len(images), "classes": len(names), "templates": len(templates)}
+    return Benchmark(images, texts, score, counts)
 
 
-LOADERS = {"flickr30k": karpathy, "coco": karpathy, "nocaps": nocaps, "sugarcrepe": sugarcrepe, "sugarcrepe_pp": sugarcrepe_pp,
-           "winoground": winoground, "imagenet": imagenet}  # fmt: skip
+KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent"
+BENCHMARKS = {  # task: its reader, and where its files are published
+    "flickr30k": (read_karpathy, f"{KARPATHY}; images: shannon.cs.illinois.edu/DenotationGraph"),
+    "coco": (read_karpathy, f"{KARPATHY}; images (val2014): cocodataset.org"),
+    "nocaps": (read_nocaps, "nocaps.org"),
+    "sugarcrepe": (read_sugarcrepe, "github.com/RAIVNLab/sugar-crepe; images: cocodataset.org"),
+    "sugarcrepe_pp": (read_sugarcrepe_pp, "github.com/Sri-Harsha/scpp; images: cocodataset.org"),
+    "winoground": (read_winoground, "huggingface.co/datasets/facebook/winoground"),
+    "imagenet": (read_imagenet, "image-net.org"),
+}
 
 
-# ------------------------------------------------------------------------------------------------------ embeddings of a benchmark
+def read_benchmark(args) -> Benchmark:
+    """The benchmark that --task and --folder name; one clear line where a file is not as published."""
+    reader, source = BENCHMARKS[args.task]
+    folder = Folder(args.folder, args.task, source)
+    try:
+        return reader(folder, args)
+    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return folder.refuse(f"a file is not in the published format ({reason})")
 
 
-class Cache:
-    """Embeddings on disk, by the content of what was embedded and of the model: a second task on the same pictures costs nothing.
-
-    CACHE/<model>/<n>.npz, each with some keys (64 hexadecimal digits) and their rows; a file is there whole or not at all.
-    """
-
-    CHUNK = 1024  # items between two files: what a stop can lose
-
-    def __init__(self, folder, model, args):
-        self.folder = Path(folder) / fingerprint(model, args) if folder else None
-        self.known = {}
-        for path in sorted(self.folder.glob("*.npz")) if folder else ():
-            with np.load(path) as stored:
-                self.known |= dict(zip(stored["keys"].tolist(), torch.from_numpy(stored["emb"])))
-
-    def encode(self, encode, items, keys):
-        """encode(items), (B, D) on the host, computing only what is not known."""
-        missing = list(
-            {key: i for i, key in enumerate(keys) if key not in self.known}.values()
-        )  # each content once
-        step = self.CHUNK if self.folder else max(1, len(missing))
-        for start in tqdm(
-            range(0, len(missing), step),
-            desc="embedding",
-            leave=False,
-            disable=None if len(missing) > step else True,
-        ):
-            chunk = missing[start : start + step]
-            emb = encode_over_ranks(encode, [items[i] for i in chunk]).float().cpu()
-            self.known |= {keys[i]: row for i, row in zip(chunk, emb)}
-            if self.folder and ranks()[0] == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                partial = self.folder / "partial"
-                with open(partial, "wb") as file:
-                    np.savez(file, keys=np.array([keys[i] for i in chunk]), emb=emb.numpy())
-                partial.replace(
-                    self.folder / f"{sum(1 for _ in self.folder.glob('*.npz')):06d}.npz"
-                )
-        return torch.stack([self.known[key] for key in keys])
+# ---------------------------------------------------------------------------------- embeddings
 
 
-def digest(*parts):
-    """SHA-256 of some bytes and strings, in hexadecimal."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part if isinstance(part, bytes) else str(part).encode())
-        total.update(b"\0")
-    return total.hexdigest()
+def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
+    """encode(items) on the host, (B, D), shared out over the processes; all of them get all rows."""
+    rank, world_size = rank_and_world_size()
+    rows, _ = all_gather_rows(encode(Subset(items, range(rank, len(items), world_size))))
+    out = torch.empty_like(rows)
+    order = [i for r in range(world_size) for i in range(r, len(items), world_size)]
+    out[order] = rows
+    return out.cpu()
 
 
-def fingerprint(model, args):
-    """What embeddings depend on beside their input: weight files (by size and time), adapter, settings, dtype."""
-    folder = data.model_folder(args.model)
-    files = [
-        f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-        for path in sorted(folder.glob("*.safetensors"))
-    ]
-    adapter = (Path(args.adapter) / "adapter.safetensors").read_bytes() if args.adapter else b""
-    return digest(
-        folder.resolve(),
-        *files,
-        (folder / "config.json").read_bytes(),
-        adapter,
-        model.settings,
-        model.lvlm.dtype,
-    )[:16]
-
-
-def embed_files(model, benchmark, args):
-    """(image_emb, text_emb) of a Benchmark by a model of this repository."""
-    cache = Cache(args.cache, model, args)
-    encode = functools.partial(model.encode_image, workers=args.workers)
-    keys = [
-        digest("image", path.read_bytes()) if args.cache else str(path) for path in benchmark.images
-    ]
-    image_emb = cache.encode(encode, benchmark.images, keys)
-    return image_emb, cache.encode(
-        model.encode_text, benchmark.texts, [digest("text", text) for text in benchmark.texts]
+def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
+    """(image_emb, text_emb) of a benchmark by a model of this project."""
+    image_emb = encode_over_ranks(model.encode_image, benchmark.images)
+    return image_emb, encode_over_ranks(
+        lambda texts: model.encode_text(list(texts)), benchmark.texts
     )
 
 
-def stored_embeddings(path, benchmark):
-    """(image_emb, text_emb) of a Benchmark from a .npz file of any system: image_emb (A, D) and text_emb (B, D) in the benchmark's order.
+def load_embeddings(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
+    """(image_emb, text_emb) from an .npz file of any system, in the benchmark's order; normalised.
 
-    The rows are normalised here. When the file has "images" (names) or "texts" too, they must be the benchmark's.
+    Where the file holds "images" (file names) or "texts" too, they must be the benchmark's.
     """
     try:
         with np.load(path) as file:
-            stored = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as .npz ({error}): wanted the arrays image_emb and text_emb"
-        ) from None
-    wanted = {"images": [path.name for path in benchmark.images], "texts": benchmark.texts}
-    for name, own in wanted.items():
-        emb = stored.get(f"{name[:-1]}_emb")
-        if emb is None or emb.ndim != 2 or len(emb) != len(own) or not np.isfinite(emb).all():
+        raise ValueError(f"{path} cannot be read as .npz ({error})") from None
+    embeddings = []
+    for kind, wanted in (("image", image_names(benchmark)), ("text", benchmark.texts)):
+        emb = arrays.get(f"{kind}_emb")
+        if emb is None or emb.ndim != 2 or len(emb) != len(wanted) or not np.isfinite(emb).all():
             shape = "missing" if emb is None else f"of shape {emb.shape}"
-            raise ValueError(
-                f"{path}: {name[:-1]}_emb is {shape}, wanted ({len(own)}, D) finite numbers, a row for each of the benchmark's {name}"
-            )
-        if name in stored and stored[name].tolist() != own:
-            first = next(i for i, (a, b) in enumerate(zip(stored[name].tolist(), own)) if a != b)
-            raise ValueError(
-                f"{path}: row {first} of {name} is {stored[name][first]!r}, the benchmark's is {own[first]!r}: another order or version"
-            )
-    return tuple(
-        F.normalize(torch.from_numpy(stored[f"{name[:-1]}_emb"]).float(), dim=-1) for name in wanted
-    )
+            rows = f"({len(wanted)}, D) finite numbers, a row for each {kind} of the benchmark"
+            raise ValueError(f"{path}: {kind}_emb is {shape}, wanted {rows}")
+        if f"{kind}s" in arrays and arrays[f"{kind}s"].tolist() != wanted:
+            raise ValueError(f"{path}: its {kind}s are not the benchmark's, or in another order")
+        embeddings.append(F.normalize(torch.from_numpy(emb).float(), dim=-1))
+    return embeddings[0], embeddings[1]
 
 
-def save_embeddings(path, benchmark, image_emb, text_emb):
-    """Write what stored_embeddings reads."""
+def image_names(benchmark: Benchmark) -> list[str]:
+    return [Path(image).name for image in benchmark.images]
+
+
+def save_embeddings(path: str, benchmark: Benchmark, image_emb: Tensor, text_emb: Tensor) -> None:
+    """Write what load_embeddings reads."""
+    embeddings = {"image_emb": image_emb.numpy(), "text_emb": text_emb.numpy()}
     with open(path, "wb") as file:
-        np.savez(
-            file,
-            image_emb=image_emb.numpy(),
-            text_emb=text_emb.numpy(),
-            images=[p.name for p in benchmark.images],
-            texts=benchmark.texts,
-        )
+        np.savez(file, images=image_names(benchmark), texts=benchmark.texts, **embeddings)
 
 
-# ------------------------------------------------------------------------------------------------------ the paper's tables
+# --------------------------------------------------------------- rows kept out of training
 
-PAPER = Path(__file__).resolve().parent / "assets" / "paper.json"
-CLASSES = PAPER.parent / "imagenet" / "openai_imagenet_prompts.json"  # with its licence beside it
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a model before or after adaptation."""
+
+    scores: dict  # {name: percent}
+    sim: Tensor  # (images, captions) of the retrieval gallery
+    caption_loss: float | None = None  # Eq. 2 on held-out long captions, nats per token
+
+
+@torch.no_grad()
+def mean_caption_loss(model: VladVA, images: Sequence, captions: list[str], batch_size: int = 32):
+    """Eq. 2 on held-out long captions, in nats per token, shared out over the processes."""
+    rank, world_size = rank_and_world_size()
+    indices = range(rank, len(captions), world_size)
+    total = torch.zeros(2, dtype=torch.float64)
+    starts = range(0, len(indices), batch_size)
+    for start in tqdm(starts, "reading long captions", leave=False, disable=None):
+        part = indices[start : start + batch_size]
+        opened = [data.open_image(images[i]) for i in part]
+        pixels, batch = model.image_batch(opened, [captions[i] for i in part])
+        pixels, batch = pixels.to(model.lvlm.device), batch.to(model.lvlm.device)
+        _, caption_states = model.hidden_states(batch, "image", pixels)
+        loss = model.caption_loss(caption_states, batch.caption_targets, total=1)
+        total += torch.tensor([loss.item(), len(batch.caption_targets)])
+    loss, tokens = all_reduce_sum(total.to(model.lvlm.device)).tolist()
+    return loss / tokens
+
+
+class HeldOutPairs:
+    """Rows of a pairs file as a retrieval benchmark: image i and its first short caption."""
+
+    num_long_captions = 300  # of which Eq. 2 is measured
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.chance = {}
+        for direction in ("image_to_text", "text_to_image"):
+            for k in (1, 5, 10):
+                self.chance[f"{direction} R@{k}"] = min(100.0, 100 * k / max(1, len(rows)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def measure(self, model: VladVA) -> Measured:
+        images = [row["image"] for row in self.rows]
+        benchmark = retrieval(images, [[self.caption(i)] for i in range(len(self.rows))])
+        image_emb, text_emb = embed_benchmark(model, benchmark)
+        described = [row for row in self.rows if row["long"]][: self.num_long_captions]
+        caption_loss = None
+        if described:
+            images, captions = zip(*((row["image"], row["long"]) for row in described))
+            caption_loss = mean_caption_loss(model, images, captions)
+        sim = similarity(image_emb, text_emb)
+        return Measured(benchmark.score(image_emb, text_emb), sim, caption_loss)
+
+    def image(self, index: int):
+        return self.rows[index]["image"]
+
+    def caption(self, index: int) -> str:
+        return self.rows[index]["short"][0]
+
+
+def score_table(columns: dict[str, Measured], chance: dict[str, float]) -> str:
+    """A table of the scores that `chance` names, with chance beside them."""
+    rows = []
+    for name, by_chance in chance.items():
+        values = [f"{measured.scores[name]:.1f}" for measured in columns.values()]
+        rows.append([name.replace("_", " "), f"{by_chance:.1f}", *values])
+    losses = [measured.caption_loss for measured in columns.values()]
+    if None not in losses:
+        rows.append(["long captions, nats a token", "", *(f"{loss:.3f}" for loss in losses)])
+    return format_table(["percent", "chance", *columns], rows)
+
+
+# --------------------------------------------------------------------------- the paper's tables
+
+ASSETS = Path(__file__).resolve().parent / "assets"
 PAPER_NAMES = {
     "llava-1.5-7b": "LLaVA-1.5-7B",
     "llava-1.5-13b": "LLaVA-1.5-13B",
@@ -612,192 +512,126 @@ PAPER_NAMES = {
 }
 
 
-def paper_row(task, name):
-    """(name, scores) of a row of the paper's table for a task; (None, {}) when the table has none of that name."""
-    rows = {row["model"]: row["scores"] for row in read_json(PAPER)["tasks"][task]["rows"]}
-    return (name, rows[name]) if name in rows else (None, {})
+def paper_tables() -> dict:
+    """{task: {"table": its name, "rows": [{"model": ..., "scores": {...}}, ...]}}."""
+    return read_json(ASSETS / "paper.json")["tasks"]
 
 
-def paper_name(model, adapter):
-    """What the paper calls a model of this repository, with VladVA's adapter or without; None for others."""
-    base = PAPER_NAMES.get(
-        str(model).split("/")[-1].lower().removesuffix("-hf").removesuffix("-instruct")
-    )
-    return f"VladVA ({base})" if base and adapter else base
+def paper_name(model: str, adapter: str | None) -> str | None:
+    """What the paper calls a model of this project, with VladVA's adapter or without."""
+    short = model.split("/")[-1].lower().removesuffix("-hf").removesuffix("-instruct")
+    name = PAPER_NAMES.get(short)
+    return f"VladVA ({name})" if name and adapter else name
 
 
-def paper_table(task, scores, name, printed):
-    """Ours, the paper's, and their difference; a cell that was not run, or not printed, says so."""
-    show = lambda value, sign="": "" if value is None else f"{value:{sign}.1f}"
+def paper_scores(task: str, name: str | None) -> dict:
+    """Scores of a row of the paper's table; {} when the paper has no such table or row."""
+    for row in paper_tables().get(task, {"rows": []})["rows"]:
+        if row["model"] == name:
+            return row["scores"]
+    return {}
+
+
+def format_score(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.1f}"
+
+
+def difference(ours: float | None, printed: float | None) -> float | None:
+    return None if ours is None or printed is None else ours - printed
+
+
+def comparison_table(task: str, scores: dict, printed: dict, name: str | None) -> str:
+    """Ours, the paper's, and their difference; what was not run or not printed says so."""
     rows = []
-    for key in [*scores, *(key for key in printed if key not in scores)]:
+    for key in scores | printed:
         ours, theirs = scores.get(key), printed.get(key)
-        both = ours is not None and theirs is not None
-        rows.append(
-            [
-                key.replace("_", " "),
-                show(ours) or "not run",
-                show(theirs) or "-",
-                show(ours - theirs, "+") if both else "-",
-            ]
-        )
+        apart = format_score(difference(ours, theirs), "+")
+        row = [key.replace("_", " "), format_score(ours), format_score(theirs), apart]
+        rows.append(row)
     return format_table([task, "ours", f"paper: {name or 'no such row'}", "difference"], rows)
 
 
-def run_paper(args):
-    """The paper's tables, a row a model, with the results of earlier runs (--json files) below theirs; "not run" where there are none."""
-    found = {
-        (r["task"], r["paper_row"]): r["scores"]
-        for r in map(read_json, args.results)
-        if r.get("paper_row")
-    }
-    show = lambda values, sign="": [
-        "-" if value is None else f"{value:{sign}.1f}" for value in values
-    ]
-    for task, table in read_json(PAPER)["tasks"].items():
-        keys, body = list(table["rows"][0]["scores"]), []
+def print_paper(results: list[str]) -> None:
+    """The paper's tables, a row a model, with results of earlier runs (--json files) below theirs."""
+    ours = {}
+    for result in map(read_json, results):
+        ours[result.get("task"), result.get("paper_row")] = result.get("scores", {})
+    for task, table in paper_tables().items():
+        keys = list(table["rows"][0]["scores"])
+        rows = []
         for row in table["rows"]:
-            printed, ours = (
-                [row["scores"].get(key) for key in keys],
-                found.get((task, row["model"])),
-            )
-            body.append([row["model"], *show(printed), "below" if ours else "not run"])
-            if ours:
-                own = [ours.get(key) for key in keys]
-                apart = [None if None in pair else pair[0] - pair[1] for pair in zip(own, printed)]
-                body += [["  ours", *show(own), ""], ["  difference", *show(apart, "+"), ""]]
-        say(
-            f"\n{table['table']}: {task}\n"
-            + format_table(["", *(key.replace("_", " ") for key in keys), "ours"], body)
-        )
+            printed, scores = row["scores"], ours.get((task, row["model"]))
+            state = "not run" if scores is None else "below"
+            rows.append([row["model"], *(format_score(printed.get(key)) for key in keys), state])
+            if scores is not None:
+                apart = [difference(scores.get(key), printed.get(key)) for key in keys]
+                rows.append(["  ours", *(format_score(scores.get(key)) for key in keys), ""])
+                rows.append(["  difference", *(format_score(value, "+") for value in apart), ""])
+        header = ["", *(key.replace("_", " ") for key in keys), "ours"]
+        say(f"\n{table['table']}: {task}\n{format_table(header, rows)}")
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------- command line
 
 
-def run_published(args):
-    """One benchmark from its authors' files: the embeddings of a model of this repository, or stored ones of any system."""
-    name, printed = paper_row(
-        args.task, args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
-    )
-    if args.row and not name:
-        raise ValueError(
-            f"--row {args.row!r} is no row of the paper's table for {args.task}: python eval.py --task paper prints them"
-        )
-    folder = Folder(
-        args.folder, args.task, functools.partial(clean_text, strip_period=args.strip_period)
-    )
-    if not folder.root.is_dir():
-        folder.refuse("no such folder")
-    try:
-        benchmark = LOADERS[args.task](folder, args)
-    except (KeyError, TypeError, AttributeError) as error:
-        folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
-    if args.embeddings:
-        (image_emb, text_emb), about = (
-            stored_embeddings(args.embeddings, benchmark),
-            {"embeddings": args.embeddings},
-        )
-    else:
-        model = load_model(args)
-        image_emb, text_emb = embed_files(model, benchmark, args)
-        about = {
-            "model": args.model,
-            "adapter": args.adapter,
-            "image_mode": model.image_processor.mode,
-        }
-    if args.save_embeddings and ranks()[0] == 0:
-        save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)
-    results = {
-        "task": args.task,
-        **benchmark.score(image_emb, text_emb),
-        **about,
-        "paper_row": name,
-    }
-    say(paper_table(args.task, results["scores"], name, printed))
-    say(", ".join(f"{count} {what}" for what, count in results.get("counts", {}).items()))
-    return results
-
-
-def command_line():
-    """The parser of the flags."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="eval.py",
-        description="Benchmarks of a model with or without an adapter, or of stored embeddings.",
+        prog="eval.py", description="Benchmarks of a model, or of stored embeddings."
     )
     parser.add_argument(
-        "results",
-        nargs="*",
-        metavar="RESULT.json",
-        help="with --task paper: results of earlier runs",
+        "results", nargs="*", metavar="RESULT.json", help="with --task paper: earlier"
     )
-    parser.add_argument(
-        "--task",
-        choices=sorted([*LOADERS, "paper"]),
-        required=True,
-    )
-    add_model_flags(parser)
-    parser.add_argument(
-        "--folder",
-        default=".",
-        help="of a published benchmark: its files as their authors publish them, and the pictures",
-    )
-    parser.add_argument(
-        "--embeddings",
-        metavar="FILE.npz",
-        help="score these (image_emb, text_emb) instead of a model's",
-    )
-    parser.add_argument(
-        "--row",
-        metavar="NAME",
-        help="row of the paper's table to compare with, e.g. 'CLIP (ViT-L)' (default: that of the model)",
-    )
+    parser.add_argument("--task", required=True, choices=[*BENCHMARKS, "paper"], help="benchmark")
+    parser.add_argument("--folder", default=".", help="its files, as published (default: .)")
+    data.add_model_flags(parser)
+    parser.add_argument("--embeddings", metavar="FILE.npz", help="score these instead of a model's")
     parser.add_argument("--save-embeddings", metavar="FILE.npz", help="also write the embeddings")
+    parser.add_argument("--json", metavar="FILE", help="also write the scores")
     parser.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="keep embeddings there, by content, for other tasks on the same pictures and texts",
+        "--row", help="row of the paper's table to compare with (default: its model's)"
     )
     parser.add_argument(
-        "--captions",
-        type=int,
-        default=5,
-        help="of a picture, at most; 0: all (retrieval; default: 5)",
+        "--captions", type=int, default=5, help="of an image, at most (default: 5; 0: all)"
     )
     parser.add_argument(
-        "--strip-period",
-        action="store_true",
-        help="drop the final full stop of captions, which betrays some true ones in SugarCrepe",
+        "--strip-period", action="store_true", help="drop captions' final full stops"
     )
     parser.add_argument(
         "--templates",
         choices=("one", "seven", "all"),
         default="one",
-        help="prompts a class (imagenet; default: one)",
+        help="ImageNet's prompts a class (default: one)",
     )
-    parser.add_argument(
-        "--classes",
-        default=str(CLASSES),
-        metavar="FILE.json",
-        help="class names and templates (imagenet)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that read pictures ahead (default: 0)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
+    classes = ASSETS / "imagenet" / "openai_imagenet_prompts.json"
+    parser.add_argument("--classes", default=str(classes), help="ImageNet's names and templates")
     return parser
 
 
-@command
-def main(argv=None):
-    args = command_line().parse_args(argv)
-    if args.captions < 0 or args.workers < 0:
-        raise ValueError(f"--captions {args.captions} --workers {args.workers}: at least 0 and 0")
+@data.command
+def main(argv: list[str] | None = None) -> dict | None:
+    args = build_parser().parse_args(argv)
     if args.task == "paper":
-        return run_paper(args)
-    results = run_published(args)
-    if args.json and ranks()[0] == 0:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        return print_paper(args.results)
+    name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
+    printed = paper_scores(args.task, name)
+    if args.row and not printed:
+        raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
+    benchmark = read_benchmark(args)
+    if args.embeddings:
+        image_emb, text_emb = load_embeddings(args.embeddings, benchmark)
+    else:
+        image_emb, text_emb = embed_benchmark(load_model(args), benchmark)
+    scores = benchmark.score(image_emb, text_emb)
+    say(comparison_table(args.task, scores, printed, name if printed else None))
+    say(", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items()))
+    about = {"task": args.task, "model": args.model, "adapter": args.adapter}
+    results = about | {"scores": scores, "counts": benchmark.counts, "paper_row": name}
+    if rank_and_world_size()[0] == 0:
+        if args.save_embeddings:
+            save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)
+        if args.json:
+            write_json(args.json, results)
+    return results
 
 
 if __name__ == "__main__":
