@@ -1,20 +1,25 @@
-"""The network: layers against naive loops, cached generation against none, weights on disk checked key by key."""
+"""The network: layers against naive loops, cached generation against none, weights key by key.
 
+Not here: outputs of transformers and full-size shapes (test_llava.py), Qwen2-VL
+(test_qwen2_vl.py), writing weights (test_export.py).
+"""
+
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_folder, random_config
+from conftest import CLIP_L_336, VICUNA_7B, hub_config, make_folder, random_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
 import model as lvlm_module
-from extras import scenes
-from model import LVLM, Prefix, generate, load_lvlm, parse_config, place, save_lvlm
-from vladva import VladVA
+from model import LVLM, generate, load_lvlm, parse_config
+from vladva import VladVA, VladVAConfig
 
-EXACT = dict(atol=1e-4, rtol=1e-4)  # float32 against a loop in another order
+EXACT = {"atol": 1e-4, "rtol": 1e-4}  # float32 against a loop in another order
 
 
 @pytest.fixture(scope="module")
@@ -22,79 +27,85 @@ def lvlm(random_folder):
     return load_lvlm(random_folder)
 
 
-# ------------------------------------------------------------------------------------------------------ layers
+# -------------------------------------------------------------------------------------- layers
 
 
-def test_rms_norm_keeps_float32_statistics_in_bfloat16():
-    norm = lvlm_module.RMSNorm(64, 1e-5).to(torch.bfloat16)
+def test_rms_norm_keeps_float32_statistics_in_bfloat16(lvlm):
+    norm = copy.deepcopy(lvlm.decoder.norm).to(torch.bfloat16)
+    torch.nn.init.ones_(norm.weight)
     x = torch.randn(3, 64).to(torch.bfloat16)
-    wanted = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    wanted = x.float() / (x.float().square().mean(-1, keepdim=True) + norm.eps).sqrt()
     assert torch.equal(norm(x), wanted.to(torch.bfloat16))
+
+
+def rotary_tables(positions: list[int], width: int, theta: float, dtype):
+    """cos and sin of some positions, (T, K) each."""
+    frequencies = lvlm_module.rotary_frequencies(width, theta, "cpu")
+    angles = torch.tensor(positions)[:, None].float() * frequencies
+    return lvlm_module.rotary_tables(angles, dtype)
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    at = lambda x, p: lvlm_module.rotate(
-        x, *lvlm_module.rotary_tables(torch.tensor([p]), 8, 10000.0, torch.float64)
-    )
-    scores = [(at(q, p) * at(k, p - 3)).sum().item() for p in (3, 10, 40)]
+
+    def rotated(x, position):
+        return lvlm_module.apply_rotary(x, *rotary_tables([position], 8, 10000.0, torch.float64))
+
+    def score(q_position, k_position):
+        return (rotated(q, q_position) * rotated(k, k_position)).sum().item()
+
+    scores = [score(position, position - 3) for position in (3, 10, 40)]
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)  # angles are float32
-    assert abs((at(q, 10) * at(k, 3)).sum().item() - scores[0]) > 1e-2
+    assert abs(score(10, 3) - scores[0]) > 1e-2
 
 
 def test_decoder_attention_equals_a_naive_loop(lvlm):
     """Grouped-query heads, causal: query head h reads key-value head h // (H / G)."""
-    attention, config = lvlm.decoder.layers[0].self_attn, lvlm.config.decoder
-    heads, groups, width, tokens = config.num_attention_heads, config.kv_heads, config.head_width, 5
-    x = torch.randn(1, tokens, config.hidden_size)
-    cos, sin = lvlm_module.rotary_tables(
-        torch.arange(tokens), width, config.rope_theta, torch.float32
-    )
-    split = lambda proj, n: lvlm_module.rotate(
-        proj(x).view(1, tokens, n, width).transpose(1, 2), cos, sin
-    )[0]
-    q, k, v = (
-        split(attention.q_proj, heads),
-        split(attention.k_proj, groups),
-        attention.v_proj(x).view(tokens, groups, width).transpose(0, 1),
-    )
-    out = torch.zeros(tokens, heads, width)
-    for h in range(heads):
-        for t in range(tokens):
-            g = h // (heads // groups)
-            weights = torch.softmax(
-                torch.stack([q[h, t] @ k[g, s] for s in range(t + 1)]) / width**0.5, 0
-            )
-            out[t, h] = sum(w * v[g, s] for s, w in enumerate(weights))
+    attention = lvlm.decoder.layers[0].self_attn
+    config = lvlm.config.decoder
+    num_heads, groups, width = config.num_attention_heads, config.kv_heads, config.head_width
+    num_tokens = 5
+    x = torch.randn(1, num_tokens, config.hidden_size)
+    cos, sin = rotary_tables(list(range(num_tokens)), width, config.rope_theta, torch.float32)
+
+    def split(projected, count):
+        return projected.view(num_tokens, count, width).transpose(0, 1)  # (count, T, K)
+
+    q = lvlm_module.apply_rotary(split(attention.q_proj(x), num_heads), cos, sin)
+    k = lvlm_module.apply_rotary(split(attention.k_proj(x), groups), cos, sin)
+    v = split(attention.v_proj(x), groups)
+    out = torch.zeros(num_tokens, num_heads, width)
+    for h in range(num_heads):
+        g = h // (num_heads // groups)
+        for t in range(num_tokens):
+            scores = k[g, : t + 1] @ q[h, t] / width**0.5
+            weights = torch.softmax(scores, 0)
+            for s in range(t + 1):
+                out[t, h] += weights[s] * v[g, s]
     wanted = attention.o_proj(out.flatten(1))
     torch.testing.assert_close(attention(x, (cos[None, None], sin[None, None]))[0], wanted, **EXACT)
 
 
 def test_vision_tower_equals_a_naive_forward_and_stops_at_the_feature_layer(lvlm):
-    tower, config = lvlm.vision, lvlm.config.vision
-    pixels, side = torch.randn(1, 3, config.image_size, config.image_size), config.patch_size
+    tower = lvlm.vision
+    config = lvlm.config.vision
+    side = config.patch_size
+    pixels = torch.randn(1, 3, config.image_size, config.image_size)
     patches = (
-        pixels[0]
-        .unfold(1, side, side)
-        .unfold(2, side, side)
-        .permute(1, 2, 0, 3, 4)
-        .flatten(2)
-        .flatten(0, 1)
-    )  # (N, 3 * side * side)
-    x = (
-        torch.cat(
-            [tower.class_embedding[None], patches @ tower.patch_embedding.weight.flatten(1).T]
-        )
-        + tower.position_embedding.weight
-    )
+        pixels[0].unfold(1, side, side).unfold(2, side, side)
+    )  # (3, rows, columns, side, side)
+    patches = patches.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)  # (N, 3 side side)
+    patches = patches @ tower.patch_embedding.weight.flatten(1).T
+    x = torch.cat([tower.class_embedding[None], patches]) + tower.position_embedding.weight
     x = tower.pre_layrnorm(x)
     for block in tower.layers[:-1]:  # vision_feature_layer -2: the last block is not run
-        normed, heads = block.layer_norm1(x), config.num_attention_heads
-        q, k, v = (
-            block.self_attn[n](normed).unflatten(-1, (heads, -1)).transpose(0, 1)
-            for n in ("q_proj", "k_proj", "v_proj")
-        )
+        normed = block.layer_norm1(x)
+        heads = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projected = block.self_attn[name](normed)
+            heads.append(projected.unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1))
+        q, k, v = heads
         mixed = torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v
         x = x + block.self_attn["out_proj"](mixed.transpose(0, 1).flatten(1))
         up = block.mlp["fc1"](block.layer_norm2(x))
@@ -103,151 +114,96 @@ def test_vision_tower_equals_a_naive_forward_and_stops_at_the_feature_layer(lvlm
 
 
 def test_projector_uses_the_exact_gelu(lvlm):
-    features, p = torch.randn(2, 3, lvlm.config.vision.hidden_size), lvlm.projector
-    hidden = features @ p.linear_1.weight.T + p.linear_1.bias
-    wanted = (
-        0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-    ) @ p.linear_2.weight.T + p.linear_2.bias
-    torch.testing.assert_close(p(features), wanted, **EXACT)
+    features = torch.randn(2, 3, lvlm.config.vision.hidden_size)
+    first, second = lvlm.projector.linear_1, lvlm.projector.linear_2
+    hidden = features @ first.weight.T + first.bias
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    wanted = hidden @ second.weight.T + second.bias
+    torch.testing.assert_close(lvlm.projector(features), wanted, **EXACT)
 
 
-def test_place_writes_each_row_at_its_own_slot():
-    embeds, vectors = torch.zeros(2, 5, 1), torch.tensor([[1.0], [2.0]])
-    assert place(embeds, vectors, torch.tensor([0, 3]))[:, :, 0].tolist() == [
-        [1, 2, 0, 0, 0],
-        [0, 0, 0, 1, 2],
-    ]
-    assert embeds.sum() == 0  # a copy
-
-
-def test_plain_attention_equals_the_fused_one_layer_by_layer(lvlm):
-    """Weights that are looked at times values, projected, are what the fused kernel gives; no token looks ahead."""
-    torch.manual_seed(0)
-    embeds = torch.randn(2, 7, lvlm.config.decoder.hidden_size)
-    rotary, x = lvlm.decoder.rotary(embeds), embeds
-    with torch.no_grad():
-        for block, weights in zip(
-            lvlm.decoder.layers, lvlm.decoder.attention_maps(embeds), strict=True
-        ):
-            attention, normed = block.self_attn, block.input_layernorm(x)
-            _, _, v = attention.project(normed, rotary)  # (B, G, T, K)
-            mixed = weights @ v.repeat_interleave(attention.heads // attention.kv_heads, 1)
-            torch.testing.assert_close(
-                attention.o_proj(mixed.transpose(1, 2).flatten(2)),
-                attention(normed, rotary),
-                **EXACT,
-            )
-            assert weights.triu(1).abs().max() == 0
-            x = block(x, rotary)
-        torch.testing.assert_close(lvlm.decoder.norm(x), lvlm.decoder(embeds), **EXACT)
-
-
-def test_checkpointing_changes_no_gradient(lvlm):
+def test_gradient_checkpointing_changes_no_gradient(lvlm):
     embeds = torch.randn(2, 6, lvlm.config.decoder.hidden_size)
     gradients = []
-    for lvlm.decoder.checkpointing in (False, True):
+    for lvlm.decoder.gradient_checkpointing in (False, True):
         x = embeds.clone().requires_grad_()
         lvlm.decoder(x).square().sum().backward()
         gradients.append(x.grad)
-    lvlm.decoder.checkpointing = False
+    lvlm.decoder.gradient_checkpointing = False
     assert torch.equal(*gradients)
 
 
-def test_states_that_are_picked_are_those_of_the_whole(lvlm):
-    """Values and gradients, with and without checkpointing: what the last block leaves out, nothing depends on."""
+def test_the_wanted_states_are_those_of_the_whole(lvlm):
+    """Values and gradients, with and without checkpointing: nothing depends on what is left out."""
     torch.manual_seed(0)
-    embeds, rows, gradients = (
-        torch.randn(2, 6, lvlm.config.decoder.hidden_size),
-        torch.tensor([11, 3, 4]),
-        [],
-    )
-    for lvlm.decoder.checkpointing in (False, True):
-        for picked in (
-            lambda x: lvlm.decoder(x, rows=rows),
-            lambda x: lvlm.decoder(x).flatten(0, 1)[rows],
-        ):
-            x = embeds.clone().requires_grad_()
-            states = picked(x)
-            states.square().sum().backward()
-            gradients.append((states.detach(), x.grad))
-    lvlm.decoder.checkpointing = False
-    for found in gradients[1:]:
-        torch.testing.assert_close(found, gradients[0], **EXACT)
+    embeds = torch.randn(2, 6, lvlm.config.decoder.hidden_size)
+    state_index = torch.tensor([11, 3, 4])
+
+    def states_and_gradient(state_index, all_states):
+        x = embeds.clone().requires_grad_()
+        if all_states:
+            states = lvlm.decoder(x).flatten(0, 1)[state_index]
+        else:
+            states = lvlm.decoder(x, state_index=state_index)
+        states.square().sum().backward()
+        return states.detach(), x.grad
+
+    wanted = states_and_gradient(state_index, all_states=True)
+    for lvlm.decoder.gradient_checkpointing in (False, True):
+        torch.testing.assert_close(states_and_gradient(state_index, False), wanted, **EXACT)
+    lvlm.decoder.gradient_checkpointing = False
 
 
-@pytest.mark.parametrize("shared", [1, 4])
-def test_a_prefix_that_is_computed_once_changes_no_state(lvlm, shared):
+# ---------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture
+def eos_token(lvlm, monkeypatch):
+    """A function that sets the model's end-of-sequence token for one test; -1: never generated."""
+
+    def set_token(token_id):
+        monkeypatch.setattr(lvlm, "config", replace(lvlm.config, eos_token_id=token_id))
+
+    return set_token
+
+
+def test_cached_generation_equals_running_everything_again(lvlm, eos_token):
+    """Two right-padded prompts: the greedy tokens of a forward without cache or padding."""
+    eos_token(-1)
     torch.manual_seed(0)
-    embeds = torch.randn(3, 7, lvlm.config.decoder.hidden_size)
-    embeds[:, :shared] = embeds[0, :shared]
-    with torch.no_grad():
-        prefix = Prefix(lvlm.decoder, embeds[:1, :shared])
-        for rows in (slice(0, 3), slice(1, 3)):  # one prefix serves batches of any size
-            rest = lvlm.decoder(embeds[rows, shared:], prefix, torch.arange(shared, 7)[None])
-            torch.testing.assert_close(rest, lvlm.decoder(embeds[rows])[:, shared:], **EXACT)
-
-
-# ------------------------------------------------------------------------------------------------------ generation
-
-
-def test_cached_generation_equals_running_everything_again(lvlm):
-    """Two prompts of different lengths, right-padded: each row's greedy tokens are those of a forward without cache or padding."""
-    torch.manual_seed(0)
-    rows = [torch.randint(5, 400, (length,)) for length in (9, 4)]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    got = generate(lvlm, lvlm.embed(padded), torch.tensor([9, 4]), eos_id=-1, max_new_tokens=12)
-    for row, tokens in zip(rows, got):
-        ids = row.tolist()
+    prompts = [torch.randint(5, 400, (length,)) for length in (9, 4)]
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    answers = generate(lvlm, lvlm.embed(padded), torch.tensor([9, 4]), max_new_tokens=12)
+    for prompt, answer in zip(prompts, answers):
+        ids = prompt.tolist()
         for _ in range(12):
-            ids.append(
-                lvlm.head(lvlm.decoder(lvlm.embed(torch.tensor([ids])))[0, -1]).argmax().item()
-            )
-        assert tokens == ids[len(row) :]
+            hidden_states = lvlm.decoder(lvlm.embed(torch.tensor([ids])))
+            ids.append(lvlm.lm_head(hidden_states[0, -1]).argmax().item())
+        assert answer == ids[len(prompt) :]
 
 
-def test_generation_stops_at_the_end_token_of_each_row(lvlm):
-    prompt = torch.randint(5, 400, (2, 6))
-    free = generate(lvlm, lvlm.embed(prompt), torch.tensor([6, 6]), eos_id=-1, max_new_tokens=8)
-    eos = free[0][2]
-    stopped = generate(lvlm, lvlm.embed(prompt), torch.tensor([6, 6]), eos_id=eos, max_new_tokens=8)
-    assert stopped == [row[: row.index(eos)] if eos in row else row for row in free]
+def test_generation_stops_at_the_end_token_of_each_row(lvlm, eos_token):
+    torch.manual_seed(0)
+    embeds = lvlm.embed(torch.randint(5, 400, (2, 6)))
+    lengths = torch.tensor([6, 6])
+    eos_token(-1)
+    endless = generate(lvlm, embeds, lengths, max_new_tokens=20)
+    eos = endless[0][2]
+    wanted = [ids[: ids.index(eos)] if eos in ids else ids for ids in endless]
+    eos_token(eos)
+    assert generate(lvlm, embeds, lengths, max_new_tokens=20) == wanted
 
 
-def test_generation_refuses_what_does_not_fit(lvlm):
+@pytest.mark.parametrize(
+    "count, message", [(5000, "4 . 5000 new tokens.* 1024"), (0, "4 . 0 new tokens: wanted 1 or")]
+)
+def test_generation_refuses_what_does_not_fit(lvlm, count, message):
     embeds = lvlm.embed(torch.ones(1, 4, dtype=torch.long))
-    for count, message in ((5000, "exceed the model's 1024 positions"), (0, "at least 1")):
-        with pytest.raises(ValueError, match=message):
-            generate(lvlm, embeds, torch.tensor([4]), 2, count)
+    with pytest.raises(ValueError, match=message):
+        generate(lvlm, embeds, torch.tensor([4]), count)
 
 
-# ------------------------------------------------------------------------------------------------------ folders
-
-
-def test_save_and_load_give_the_same_weights_and_config(lvlm, tmp_path):
-    save_lvlm(lvlm, tmp_path, torch.float32)
-    again = load_lvlm(tmp_path)
-    assert again.config == lvlm.config
-    for (name, a), (_, b) in zip(lvlm.named_parameters(), again.named_parameters()):
-        assert torch.equal(a, b), name
-
-
-def test_every_saved_key_is_in_the_hubs_layout(random_folder):
-    with safe_open(random_folder / "model.safetensors", "pt") as file:
-        keys = set(file.keys())
-    assert {
-        "vision_tower.vision_model.pre_layrnorm.weight",
-        "vision_tower.vision_model.embeddings.class_embedding",
-        "language_model.lm_head.weight",
-    } <= keys
-    assert {
-        "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj.bias",
-        "vision_tower.vision_model.post_layernorm.weight",
-    } <= keys
-    assert {
-        "language_model.model.layers.1.mlp.gate_proj.weight",
-        "language_model.model.norm.weight",
-        "multi_modal_projector.linear_2.bias",
-    } <= keys
+# ------------------------------------------------------------------------------------- folders
 
 
 def sharded(folder, raw):
@@ -255,56 +211,62 @@ def sharded(folder, raw):
     make_folder(folder, raw)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    parts = {
-        "model-00001-of-00002.safetensors": names[::2],
-        "model-00002-of-00002.safetensors": names[1::2],
-    }
-    for file, keys in parts.items():
-        save_file({k: tensors[k] for k in keys}, folder / file)
-    index = {"metadata": {}, "weight_map": {k: file for file, keys in parts.items() for k in keys}}
+    weight_map = {}
+    for first, file in enumerate(
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    ):
+        names = sorted(tensors)[first::2]
+        save_file({name: tensors[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
 def test_shards_load_to_the_same_model(lvlm, tmp_path):
     again = load_lvlm(sharded(tmp_path, random_config()))
-    assert all(torch.equal(a, b) for a, b in zip(lvlm.parameters(), again.parameters()))
+    for a, b in zip(lvlm.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_tied_heads_share_one_weight(tmp_path):
-    tied = load_lvlm(make_folder(tmp_path, random_config(tie_word_embeddings=True)))
-    assert tied.head.weight is tied.decoder.embed_tokens.weight
+    """Also where the file stores the shared weight twice, as some tied checkpoints do."""
+    folder = make_folder(tmp_path, random_config(tie_word_embeddings=True))
+    tied = load_lvlm(folder)
+    assert tied.lm_head.weight is tied.decoder.embed_tokens.weight
+    embeddings = tied.decoder.embed_tokens.weight.clone()
+    change_tensors(folder, {"language_model.lm_head.weight": embeddings})
+    assert torch.equal(load_lvlm(folder).lm_head.weight, embeddings)
 
 
 def test_loading_freezes_and_converts(random_folder):
     lvlm = load_lvlm(random_folder, dtype=torch.bfloat16)
-    assert {p.dtype for p in lvlm.parameters()} == {torch.bfloat16} and not any(
-        p.requires_grad for p in lvlm.parameters()
-    )
+    assert {p.dtype for p in lvlm.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in lvlm.parameters())
 
 
-def broken(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
+def change_tensors(folder, changes: dict) -> None:
+    """Rewrite model.safetensors with some tensors added, replaced, or (None) taken out."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, folder / "model.safetensors")
 
 
 def test_missing_unexpected_and_misshapen_keys_are_listed_together(tmp_path):
     make_folder(tmp_path, random_config())
-
-    def change(tensors):
-        tensors["language_model.model.norm.bias"] = tensors.pop("language_model.model.norm.weight")
-        tensors["multi_modal_projector.linear_1.bias"] = torch.zeros(3)
-
-    broken(tmp_path, change)
+    changes = {
+        "language_model.model.norm.weight": None,
+        "language_model.model.norm.bias": torch.zeros(64),
+        "multi_modal_projector.linear_1.bias": torch.zeros(3),
+    }
+    change_tensors(tmp_path, changes)
     with pytest.raises(ValueError) as error:
         load_lvlm(tmp_path)
     for part in (
         f"the weights of {tmp_path} do not fit its config.json",
-        "1 missing: language_model.model.norm.weight",
-        "1 unexpected: language_model.model.norm.bias",
-        "1 of another shape: multi_modal_projector.linear_1.bias (3,), wanted (64,)",
+        "decoder.norm.weight is missing",
+        "decoder.norm.bias is unexpected",
+        "projector.linear_1.bias is (3,), wanted (64,)",
     ):
         assert part in str(error.value)
 
@@ -315,7 +277,7 @@ def test_known_leftovers_of_old_checkpoints_are_ignored(tmp_path):
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "vision_tower.vision_model.embeddings.position_ids": torch.ones(1, 37),
     }
-    broken(tmp_path, lambda tensors: tensors.update(leftovers))
+    change_tensors(tmp_path, leftovers)
     load_lvlm(tmp_path)
 
 
@@ -331,97 +293,155 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
         load_lvlm(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing"):
+        load_lvlm(folder)
 
 
-# ------------------------------------------------------------------------------------------------------ config.json
+# --------------------------------------------------------------------------------- config.json
 
 
 def test_left_out_fields_take_the_documented_defaults():
     """What llava-hf/llava-1.5-7b-hf's config.json holds, and the LLaVA-1.5-7B that it means."""
-    raw = {
-        "model_type": "llava",
-        "image_token_index": 32000,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": {
-            "model_type": "llama",
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "vocab_size": 32064,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "image_size": 336,
-            "intermediate_size": 4096,
-            "patch_size": 14,
-        }
-        | {"num_attention_heads": 16, "num_hidden_layers": 24},
-    }
-    config = parse_config(raw)
+    config = parse_config(hub_config(VICUNA_7B))
     decoder = config.decoder
-    assert (
-        decoder.hidden_size,
-        decoder.intermediate_size,
-        decoder.num_hidden_layers,
-        decoder.kv_heads,
-    ) == (4096, 11008, 32, 32)
-    assert (config.num_image_tokens, config.num_vision_blocks, decoder.rope_theta) == (
-        576,
-        23,
-        10000.0,
-    )
+    assert (decoder.hidden_size, decoder.intermediate_size) == (4096, 11008)
+    assert (decoder.num_hidden_layers, decoder.kv_heads, decoder.head_width) == (32, 32, 128)
+    assert (decoder.rope_theta, decoder.rms_norm_eps) == (10000.0, 1e-5)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert config.image_grid() == (24, 24)
     with torch.device("meta"):
-        assert (
-            sum(p.numel() for p in LVLM(config).parameters()) == 7_063_427_072
-        )  # the hub's count of llava-1.5-7b-hf
+        lvlm = LVLM(config)
+    assert lvlm.vision.num_blocks == 23
+    count = sum(p.numel() for p in lvlm.parameters())
+    assert count == 7_063_427_072  # the hub's count of llava-1.5-7b-hf
+
+
+def changed_config(section: str | None, change: dict) -> dict:
+    """random_config with some fields of a section (None: of the top) changed."""
+    raw = random_config()
+    if section is None:
+        return raw | change
+    return raw | {section: raw[section] | change}
 
 
 @pytest.mark.parametrize(
     "section, change, message",
     [
-        (
-            "text_config",
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "text_config.rope_scaling",
-        ),
-        ("text_config", {"hidden_act": "gelu"}, "text_config.hidden_act"),
-        ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act"),
-        (
-            None,
-            {"model_type": "qwen2_vl"},
-            "top.model_type is 'qwen2_vl', but vision_config.model_type is 'clip_vision_model'",
-        ),
-        (None, {"model_type": "llava_next"}, "top.model_type is 'llava_next'"),
+        ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ("text_config", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ("text_config", {"rope_parameters": "default"}, "rope_parameters is 'default'"),
+        ("text_config", {"hidden_act": "gelu"}, "text_config: hidden_act is 'gelu'"),
+        ("text_config", {"attention_bias": True}, "attention_bias is True"),
+        ("text_config", {"model_type": "mistral"}, "text_config: model_type is 'mistral'"),
+        ("vision_config", {"hidden_act": "gelu"}, "vision_config: hidden_act is 'gelu'"),
+        (None, {"model_type": "llava_next"}, "model_type is 'llava_next'"),
+        (None, {"model_type": None}, "model_type is None"),
         (None, {"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
-        (None, {"vision_config": None}, "no object 'vision_config'"),
-        (None, {"image_token_index": None}, "image_token_index"),
-        (None, {"vision_feature_layer": -9}, "vision_feature_layer is -9"),
+        (None, {"vision_config": None}, "vision_config is None"),
+        (None, {"text_config": []}, r"text_config is \[\]"),
+        (None, {"image_token_index": None}, "image_token_id is None"),
+        (None, {"image_token_index": "3"}, "image_token_id is '3'"),
+        (None, {"image_token_index": 491}, "<image> has id 491, not one of 491"),
+        (None, {"vision_feature_layer": [-2, -5]}, "vision_feature_layer is"),
+        (None, {"vision_feature_layer": -9}, "vision_feature_layer"),
+        ("text_config", {"hidden_size": "64"}, "hidden_size is '64', wanted int"),
+        ("text_config", {"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0, wanted int"),
+        ("text_config", {"rope_theta": "1e4"}, "rope_theta is '1e4', wanted float"),
+        ("text_config", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, wanted bool"),
+        ("text_config", {"num_key_value_heads": 3}, "do not divide"),
+        ("vision_config", {"image_size": "96"}, "image_size is '96', wanted int"),
+        ("vision_config", {"num_attention_heads": True}, "num_attention_heads is True"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(section, change, message):
+    """One ValueError that names the field, never an arithmetic error or another model."""
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        LVLM(parse_config(changed_config(section, change)))
+
+
+@pytest.mark.xfail(reason="the core does not check the dimensions of a config.json yet")
+@pytest.mark.parametrize(
+    "section, change, message",
+    [
+        ("text_config", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ("text_config", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ("text_config", {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ("vision_config", {"patch_size": 0}, "patch_size is 0"),
+    ],
+)
+def test_dimensions_below_one_are_refused_by_name(section, change, message):
+    """Zero heads ended in a ZeroDivisionError, or in a model whose first image failed."""
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        LVLM(parse_config(changed_config(section, change)))
+
+
+def test_several_end_tokens_are_refused_by_name():
+    """Llama 3's config.json lists two; LLaVA-1.5's has one, which trained captions end in."""
+    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 3\], wanted int"):
+        parse_config(changed_config("text_config", {"eos_token_id": [2, 3]}))
+
+
+@pytest.mark.parametrize("rope_type", ["rope_type", "type"])
+def test_default_rope_scaling_changes_nothing(rope_type):
+    raw = changed_config("text_config", {"rope_scaling": {rope_type: "default"}})
+    assert parse_config(raw) == parse_config(random_config())
+
+
+def test_rope_parameters_win_over_rope_theta():
+    """As in transformers 5, which writes them; an integer base is a number too."""
+    rope = {"rope_type": "default", "rope_theta": 50000.0}
+    raw = changed_config("text_config", {"rope_theta": 7.0, "rope_parameters": rope})
+    assert parse_config(raw).decoder.rope_theta == 50000.0
+    assert parse_config(changed_config("text_config", {"rope_theta": 7})).decoder.rope_theta == 7
+
+
+def test_image_token_id_is_the_newer_name_of_image_token_index():
     raw = random_config()
-    (raw[section] if section else raw).update(change)
+    raw["image_token_id"] = raw.pop("image_token_index")
+    assert parse_config(raw) == parse_config(random_config())
+
+
+def test_fields_of_the_full_config_that_this_code_does_not_use_are_left_alone():
+    raw = hub_config(VICUNA_7B | {"use_cache": True, "pretraining_tp": 1})
+    raw["vision_config"] = CLIP_L_336 | {"initializer_factor": 1.0}
+    assert parse_config(raw) == parse_config(hub_config(VICUNA_7B))
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        ([1], r"section is \[1\], wanted a JSON object"),
+        ({"lora_rank": 4, "scene": 1}, r"section has unknown fields \['scene'\]"),
+        ({"lora_rank": "4"}, "section: lora_rank is '4', wanted int"),
+        ({"lora_rank": None}, "section: lora_rank is None, wanted int"),
+        ({"lora": 1}, "section: lora is 1, wanted bool"),
+        ({"min_pixels": 1.5}, "section: min_pixels is 1.5, wanted int or NoneType"),
+    ],
+)
+def test_from_json_names_the_field_that_does_not_fit(raw, message):
     with pytest.raises(ValueError, match=message):
-        assert parse_config(raw).num_vision_blocks
+        lvlm_module.from_json(VladVAConfig, raw, "section")
 
 
-# ------------------------------------------------------------------------------------------------------ the embedded default
+# ----------------------------------------------------------------------- the embedded default
 
 
 def test_the_tiny_folder_is_small_half_precision_and_complete():
-    folder = data.NAMES["tiny"]
+    folder = data.model_folder("tiny")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}
     lvlm = load_lvlm(folder)
-    assert lvlm.config.decoder.tie_word_embeddings and all(
-        p.isfinite().all() for p in lvlm.parameters()
-    )
+    assert lvlm.config.decoder.tie_word_embeddings
+    assert all(p.isfinite().all() for p in lvlm.parameters())
 
 
 def test_the_tiny_model_describes_scenes_it_has_never_seen():
-    """A foundation that had decayed would show here; the figures themselves are in the README, on more scenes."""
+    """A foundation that had decayed would show here; docs/results.md has the figures of more."""
+    from extras import scenes
+
     scores = scenes.caption_accuracy(VladVA.from_pretrained("tiny"), seed=77, count=40)
-    assert scores["placed"] > 80 and scores["where"] > 80
+    assert scores["placed"] > 80
+    assert scores["where"] > 80
