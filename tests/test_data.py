@@ -1,4 +1,4 @@
-"""Files and scenes: pictures of any mode, preprocessing step by step, pairs refused by line, captions true and negatives false."""
+"""Files: images of any mode, preprocessing step by step, captions cut, pairs refused by line."""
 
 import json
 import random
@@ -9,42 +9,47 @@ import torch
 from PIL import Image
 
 import data
-from extras import scenes
 from model import parse_config, read_json
+from vladva import VladVAConfig
 
-SETTINGS = parse_config(read_json(data.NAMES["tiny"] / "config.json"))
+CONFIG = parse_config(read_json(data.TINY / "config.json"))
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.Tokenizer(data.NAMES["tiny"], SETTINGS)
+    return data.Tokenizer(data.TINY, CONFIG)
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------- images
 
 
 def gradient(size=(40, 30)):
-    x = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3)
-    return Image.fromarray(x.astype(np.uint8))
+    values = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3)
+    return Image.fromarray(values.astype(np.uint8))
 
 
-@pytest.mark.parametrize(
-    "mode",
-    ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"],
-)
+def image_of_mode(mode):
+    """The gradient in one of Pillow's modes, some of which only another mode converts to."""
+    if mode == "I;16":
+        return gradient().convert("L").convert("I").point(lambda v: v * 256).convert("I;16")
+    if mode == "PA":
+        return gradient().convert("P").convert("PA")
+    if mode == "LAB":
+        return gradient()
+    return gradient().convert(mode)
+
+
+MODES = "RGB RGBA L LA P PA 1 CMYK YCbCr LAB HSV I I;16 F".split()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode):
-    source = (
-        gradient().convert("L").convert("I").point(lambda v: v * 256).convert("I;16")
-        if mode == "I;16"
-        else gradient().convert("P").convert("PA")
-        if mode == "PA"
-        else gradient().convert("RGB" if mode == "LAB" else mode)
-    )
-    image = data.open_image(source)
-    assert image.mode == "RGB" and image.size == (40, 30)
-    assert (
-        np.asarray(image).max() > 150 and np.asarray(image).min() < 60
-    )  # neither white nor black all over
+    image = data.open_image(image_of_mode(mode))
+    assert image.mode == "RGB"
+    assert image.size == (40, 30)
+    # neither white nor black all over
+    assert np.asarray(image).max() > 150
+    assert np.asarray(image).min() < 60
 
 
 def test_sixteen_bit_greys_keep_their_upper_bits():
@@ -53,13 +58,14 @@ def test_sixteen_bit_greys_keep_their_upper_bits():
 
 
 def test_exif_rotation_is_applied(tmp_path):
-    image, exif = gradient(), Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to see it upright"
-    image.save(tmp_path / "turned.jpg", exif=exif)
+    gradient().save(tmp_path / "turned.jpg", exif=exif)
     assert data.open_image(tmp_path / "turned.jpg").size == (30, 40)
 
 
-def write_broken(folder):
+def write_images(folder):
+    """Two whole images, and files that cannot be decoded."""
     gradient((200, 200)).save(folder / "whole.jpg")
     (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:900])
     gradient((200, 200)).save(folder / "whole.png")
@@ -68,31 +74,32 @@ def write_broken(folder):
     (folder / "empty.jpg").write_bytes(b"")
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("cut.jpg", "cannot be decoded"),
-        ("cut.png", "cannot be decoded"),
-        ("notes.png", "cannot be decoded"),
-        ("empty.jpg", "cannot be decoded"),
-        ("no.jpg", "no such picture"),
-        ("", "no such picture"),
-    ],
-)
-def test_broken_pictures_are_named(tmp_path, name, message):
-    write_broken(tmp_path)
-    with pytest.raises(ValueError, match=message) as error:
+BROKEN_IMAGES = {
+    "cut.jpg": "cannot be decoded",
+    "cut.png": "cannot be decoded",
+    "notes.png": "cannot be decoded",
+    "empty.jpg": "cannot be decoded",
+    "no.jpg": "no such image",
+    "": "no such image",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_IMAGES)
+def test_a_broken_image_is_named(tmp_path, name):
+    write_images(tmp_path)
+    with pytest.raises(ValueError, match=BROKEN_IMAGES[name]) as error:
         data.open_image(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------ preprocessing
+# ------------------------------------------------------------------------------- preprocessing
 
 
-def processor(folder, mode="crop", **changes):
-    raw = read_json(data.NAMES["tiny"] / "preprocessor_config.json") | changes
+def processor(folder, image_mode="crop", pixels=None, **changes):
+    raw = read_json(data.TINY / "preprocessor_config.json") | changes
     (folder / "preprocessor_config.json").write_text(json.dumps(raw))
-    return data.ImageProcessor(folder, SETTINGS, mode)
+    config = VladVAConfig(image_mode=image_mode, max_pixels=pixels)
+    return data.ImageProcessor(folder, CONFIG, config)
 
 
 @pytest.mark.parametrize(
@@ -104,18 +111,19 @@ def processor(folder, mode="crop", **changes):
     ],
 )
 def test_crop_resizes_the_short_edge_and_cuts_the_centre(tmp_path, size, resized, box):
-    picture = gradient(size)
-    cut = np.asarray(picture.resize(resized, Image.Resampling.BICUBIC).crop(box)) / 255
-    wanted = ((cut - data.CLIP_MEAN) / data.CLIP_STD).transpose(2, 0, 1)
+    image = gradient(size)
+    cut = np.asarray(image.resize(resized, Image.Resampling.BICUBIC).crop(box)) / 255
+    expected = ((cut - data.CLIP_MEAN) / data.CLIP_STD).transpose(2, 0, 1)
+    # 1e-6: float32 against float64
     torch.testing.assert_close(
-        processor(tmp_path)(picture),
-        torch.tensor(wanted, dtype=torch.float32),
+        processor(tmp_path)(image),
+        torch.tensor(expected, dtype=torch.float32),
         atol=1e-6,
         rtol=1e-6,
     )
 
 
-def test_pad_keeps_the_whole_picture_on_the_mean_colour(tmp_path):
+def test_pad_keeps_the_whole_image_on_the_mean_colour(tmp_path):
     pixels = processor(tmp_path, "pad")(Image.new("RGB", (96, 48), (255, 0, 0)))
     red = (torch.tensor([1.0, 0, 0]) - torch.tensor(data.CLIP_MEAN)) / torch.tensor(data.CLIP_STD)
     torch.testing.assert_close(pixels[:, 48, 48], red, atol=1e-5, rtol=1e-5)
@@ -123,71 +131,101 @@ def test_pad_keeps_the_whole_picture_on_the_mean_colour(tmp_path):
     assert pixels.shape == (3, 96, 96)
 
 
-def test_only_the_named_steps_are_done(tmp_path):
-    pixels = processor(tmp_path, do_rescale=False, do_normalize=False, do_resize=False)(
-        gradient((96, 96))
-    )
-    assert torch.equal(
-        pixels, torch.tensor(np.asarray(gradient((96, 96))).transpose(2, 0, 1).astype(np.float32))
-    )
+def test_mean_and_deviation_are_the_folders(tmp_path):
+    image_processor = processor(tmp_path, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    pixels = image_processor(gradient((96, 96)))
+    expected = (np.asarray(gradient((96, 96))).transpose(2, 0, 1) / 255 - 0.5) / 0.25
+    assert np.abs(pixels.numpy() - expected).max() < 1e-6  # float32 against float64
 
 
-def test_preprocessing_that_does_not_fit_the_tower_is_refused(tmp_path):
+def test_settings_are_read_from_the_file_of_transformers_5_too(tmp_path):
+    settings = read_json(data.TINY / "preprocessor_config.json")
+    raw = json.dumps({"image_processor": settings, "processor_class": "LlavaProcessor"})
+    (tmp_path / "processor_config.json").write_text(raw)
+    path, found = data.read_image_settings(tmp_path)
+    assert path.name == "processor_config.json"
+    assert found == settings
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="preprocessor_config.json is missing"):
+        data.read_image_settings(tmp_path)
+
+
+def test_preprocessing_that_this_code_does_not_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="crop_size"):
         processor(tmp_path, crop_size={"height": 80, "width": 80})
-    with pytest.raises(ValueError, match="vision tower takes 96 x 96"):
-        processor(tmp_path, do_center_crop=False)(gradient((300, 200)))
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        with pytest.raises(ValueError, match=step):
+            processor(tmp_path, **{step: False})
     with pytest.raises(ValueError, match="'crop' or 'pad'"):
         processor(tmp_path, "squash")
+    with pytest.raises(ValueError, match="no pixel budget"):
+        processor(tmp_path, pixels=1000)
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
+# ----------------------------------------------------------------------------------- tokenizer
 
 
-def test_one_bos_and_scene_words_are_single_tokens(tokenizer):
-    encoding = tokenizer.encode("a red circle top-left")
-    assert (
-        encoding.ids[0] == tokenizer.bos_id and len(encoding.ids) == 5
-    )  # "a" without a blank, then one token a word
+def test_a_text_begins_with_one_special_token_and_its_words_are_single_tokens(tokenizer):
+    ids = tokenizer.encode("a red circle top-left").ids
+    assert ids[0] == CONFIG.bos_token_id
+    assert len(ids) == 5  # the first word has no space before it, the others take theirs along
+    assert tokenizer.decode(ids) == "a red circle top-left"
 
 
-def test_captions_keep_the_papers_lengths(tokenizer):
-    """Paper Sec. 3.2: short captions under 30 tokens, long ones 30 to 500 (here at most 120)."""
-    rows = [
-        (
-            str(scenes.short_caption(scenes.make_scene(9, i), random.Random(i))),
-            scenes.long_caption(scenes.make_scene(9, i), random.Random(i)),
-        )
-        for i in range(500)
-    ]
-    count = lambda text: len(tokenizer.encode(text).ids) - 1
-    assert max(count(short) for short, _ in rows) < 30
-    assert (
-        30 <= min(count(long) for _, long in rows) and max(count(long) for _, long in rows) <= 120
-    )
+@pytest.mark.parametrize("text", ["", "  ", None, "an <image> in it"])
+def test_a_text_without_words_or_with_a_special_token_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match="empty text|special token '<image>'"):
+        tokenizer.validate_text(text)
+    assert tokenizer.validate_text(" a red circle\n") == "a red circle"
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    raw = json.loads((data.NAMES["tiny"] / "tokenizer.json").read_text())
-    for token in raw["added_tokens"]:
-        token["content"] = token["content"].replace("<image>", "<picture>")
-    raw["model"]["vocab"] = {
-        key.replace("<image>", "<picture>"): value for key, value in raw["model"]["vocab"].items()
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="do not belong together"):
-        data.Tokenizer(tmp_path, SETTINGS)
+    raw = (data.TINY / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(raw.replace("<image>", "<picture>"))
+    with pytest.raises(ValueError, match="'<picture>' at .* wanted '<image>'"):
+        data.Tokenizer(tmp_path, CONFIG)
 
 
-# ------------------------------------------------------------------------------------------------------ pairs
+# ------------------------------------------------------------------------- captions that are long
+
+SENTENCE = "a red circle is above a small blue square. "  # 10 tokens
 
 
-def pairs_file(folder, *lines):
-    write_broken(folder)
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_a_caption_over_the_papers_length_ends_with_a_sentence_or_a_word(tokenizer, side):
+    """Paper Sec. 3.2: short captions have under 30 tokens, long ones 30 to 500."""
+    limit = data.MAX_CAPTION_TOKENS[side]
+
+    def count(text):
+        return len(tokenizer.encode(text).ids) - 1  # without the first, special one
+
+    assert count(SENTENCE.strip()) == 10
+    text = (SENTENCE * (limit // 10)).strip()
+    assert data.truncate_caption(text, side, tokenizer) == text
+    # sentences: as many as fit
+    assert data.truncate_caption(f"{text} {SENTENCE * 2}", side, tokenizer) == text
+    # no sentence ends: as many words as fit
+    words = data.truncate_caption("red circle " * limit, side, tokenizer)
+    assert words == " ".join(["red circle"] * limit)[: len(words)]
+    assert limit - 1 <= count(words) <= limit
+    assert words.endswith(("red", "circle"))
+
+
+def test_a_long_caption_is_not_cut_below_30_tokens_for_the_sake_of_a_sentence(tokenizer):
+    text = SENTENCE + "red circle " * 500
+    cut = data.truncate_caption(text, "long", tokenizer)
+    assert text.startswith(cut)
+    assert len(tokenizer.encode(cut).ids) > 490
+
+
+# --------------------------------------------------------------------------------------- pairs
+
+
+def pairs_file(folder, *rows):
+    write_images(folder)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path = folder / "pairs.jsonl"
-    path.write_text(
-        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
-    )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -195,62 +233,61 @@ GOOD = [
     {"image": "whole.jpg", "short": "a gradient"},
     {"image": "whole.png", "short": ["one", "two"], "long": "a long caption"},
 ]
-BAD = {
-    "missing picture": ({"image": "no.jpg", "short": "x"}, "no.jpg not found"),
-    "truncated picture": ({"image": "cut.jpg", "short": "x"}, "cannot be decoded"),
-    "not a picture": ({"image": "notes.png", "short": "x"}, "cannot be decoded"),
+BAD = {  # kind: (row, what is said of it)
+    "missing image": ({"image": "no.jpg", "short": "x"}, "no.jpg: no such image"),
+    "truncated image": ({"image": "cut.jpg", "short": "x"}, "cannot be decoded"),
+    "not an image": ({"image": "notes.png", "short": "x"}, "cannot be decoded"),
     "empty caption": ({"image": "whole.jpg", "short": " "}, "empty caption"),
     "empty caption in a list": ({"image": "whole.jpg", "short": ["a", ""]}, "empty caption"),
+    "empty long caption": ({"image": "whole.jpg", "short": "a", "long": ""}, "empty caption"),
     "malformed line": ('{"image": "whole.jpg", "short": ', "not a JSON object"),
     "not an object": ('["whole.jpg", "x"]', "wanted"),
-    "unknown key": ({"image": "whole.jpg", "short": "x", "caption": "y"}, "unknown key 'caption'"),
+    "no image": ({"short": "x"}, "wanted"),
+    "unknown key": ({"image": "whole.jpg", "short": "x", "caption": "y"}, "unknown keys"),
     "no caption": ({"image": "whole.jpg"}, "neither a short nor a long"),
-    "wrong type": ({"image": "whole.jpg", "short": 3}, "wanted a caption"),
+    "wrong type": ({"image": "whole.jpg", "short": 3}, "caption"),
+    "wrong type in a list": ({"image": "whole.jpg", "short": ["a", 3]}, "caption"),
+    "wrong type of long": ({"image": "whole.jpg", "long": 3}, "caption"),
     "special token": ({"image": "whole.jpg", "short": "an <image>"}, "special token"),
+    "generated": ({"image": "whole.jpg", "short": "x", "generated": "y"}, "generated is 'y'"),
 }
 
 
 def test_good_rows_are_read_and_null_means_absent(tmp_path, tokenizer):
-    pairs = data.Pairs(
-        pairs_file(tmp_path, *GOOD, {"image": "whole.png", "short": None, "long": "words"}),
-        tokenizer,
-    )
-    assert len(pairs) == 3 and pairs.bad == []
+    rows = [*GOOD, {"image": "whole.png", "short": None, "long": "words"}]
+    pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
+    assert len(pairs) == 3
     assert {pairs.row(1, random.Random(i))["short"] for i in range(20)} == {"one", "two"}
-    assert (
-        pairs.row(0, random.Random(0))["long"] is None
-        and pairs.row(2, random.Random(0))["short"] is None
-    )
+    assert pairs.row(0, random.Random(0))["long"] is None
+    assert pairs.row(2, random.Random(0))["short"] is None
+    row = pairs.row(1, random.Random(0))
+    assert row["image"].size == (200, 200)
+    assert row["long"] == "a long caption"
+    assert row["where"] == f"{tmp_path}/pairs.jsonl:2"
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path, tokenizer, kind):
     row, message = BAD[kind]
+    pairs = data.Pairs(pairs_file(tmp_path, *GOOD, row), tokenizer)
     with pytest.raises(data.BadRow, match=message) as error:
-        data.Pairs(pairs_file(tmp_path, *GOOD, row), tokenizer)
+        pairs.row(2, random.Random(0))
     assert "pairs.jsonl:3: " in str(error.value)
 
 
-def test_rows_beyond_the_checked_ones_show_their_faults_when_drawn(
-    tmp_path, tokenizer, monkeypatch
+def test_empty_lines_and_a_missing_line_feed_at_the_end_are_no_rows_and_no_fault(
+    tmp_path, tokenizer
 ):
-    """As in a file of millions: it is opened without reading it all. Blank lines and a missing line feed at the end are no rows and no fault."""
-    monkeypatch.setattr(data.Pairs, "CHECKED", 3)
-    path = pairs_file(
-        tmp_path, GOOD[0], "  ", GOOD[1], *GOOD, BAD["truncated picture"][0], BAD["unknown key"][0]
-    )
-    path.write_text(
-        path.read_text(encoding="utf-8").rstrip("\n").replace("a gradient", "a\u2028gradient"),
-        encoding="utf-8",
-    )
+    path = pairs_file(tmp_path, GOOD[0], "", GOOD[1], BAD["unknown key"][0])
+    text = path.read_text(encoding="utf-8").rstrip("\n")
+    path.write_text(text.replace("a gradient", "a\u2028gradient"), encoding="utf-8")
     pairs = data.Pairs(path, tokenizer)
-    assert len(pairs) == 6 and pairs.row(2, random.Random(0))["where"].endswith("pairs.jsonl:4")
-    assert (
-        pairs.row(0, random.Random(0))["short"] == "a\u2028gradient"
-    )  # a line ends at a line feed only
-    for index, message in ((4, "jsonl:6: .*cannot be decoded"), (5, "jsonl:7: unknown key")):
-        with pytest.raises(data.BadRow, match=message):
-            pairs.row(index, random.Random(0))
+    assert len(pairs) == 3
+    assert pairs.row(1, random.Random(0))["where"].endswith("pairs.jsonl:3")
+    # a line ends at a line feed only
+    assert pairs.row(0, random.Random(0))["short"] == "a\u2028gradient"
+    with pytest.raises(data.BadRow, match="jsonl:4: unknown key"):
+        pairs.row(2, random.Random(0))
 
 
 def test_line_starts_do_not_depend_on_the_size_of_a_read(tmp_path):
@@ -261,24 +298,123 @@ def test_line_starts_do_not_depend_on_the_size_of_a_read(tmp_path):
     assert data.line_starts(tmp_path / "empty").tolist() == [0]
 
 
-def test_rows_held_out_are_not_trained_on(tmp_path, tokenizer):
-    rows = [
-        dict(GOOD[0], short=f"number {i}")
-        if i % 2
-        else dict(GOOD[1], short=None, long=f"number {i}")
-        for i in range(20)
-    ]
+def test_captions_over_the_papers_lengths_are_truncated_and_the_row_says_so(tmp_path, tokenizer):
+    rows = [dict(GOOD[0], short=SENTENCE * 5), dict(GOOD[0], long=SENTENCE * 60), GOOD[0]]
     pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
-    chosen = pairs.held_out(6)
+    read = [pairs.row(index, random.Random(0)) for index in range(3)]
+    assert read[0]["short"] == (SENTENCE * 2).strip()
+    assert read[1]["long"] == (SENTENCE * 50).strip()
+    assert [row["truncated"] for row in read] == [True, True, False]
+
+
+# ------------------------------------------------------------------------ rows kept for measuring
+
+
+def test_rows_held_out_are_not_trained_on(tmp_path, tokenizer):
+    rows = []
+    for i in range(20):
+        without_short = {"image": "whole.png", "long": f"number {i}"}
+        rows.append({"image": "whole.jpg", "short": f"number {i}"} if i % 2 else without_short)
+    pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
+    held_out = pairs.hold_out(6, data.BadRows())
     left = [pairs.row(i, random.Random(0)) for i in range(len(pairs))]
-    assert len(chosen) == 6 and len(left) == 14 and all(row["short"] for row in chosen)
-    assert not {row["where"] for row in chosen} & {row["where"] for row in left}
+    assert len(held_out) == 6
+    assert len(left) == 14
+    assert all(row["short"] for row in held_out)
+    assert not {row["where"] for row in held_out} & {row["where"] for row in left}
 
 
-def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, tokenizer):
-    pairs = data.Pairs(
-        pairs_file(tmp_path, *GOOD, *(row for row, _ in BAD.values())), tokenizer, "skip"
-    )
-    assert len(pairs) == 2 and len(pairs.bad) == len(BAD)
-    with pytest.raises(ValueError, match="1 usable rows"):
-        data.Pairs(pairs_file(tmp_path, GOOD[0], BAD["no caption"][0]), tokenizer, "skip")
+def test_captions_of_held_out_rows_are_truncated_as_those_of_training_are(tmp_path, tokenizer):
+    """They used to be measured in full, on lengths that the model never saw in training."""
+    row = {"image": "whole.jpg", "short": SENTENCE * 5, "long": SENTENCE * 60}
+    pairs = data.Pairs(pairs_file(tmp_path, *[row] * 4), tokenizer)
+    held_out = pairs.hold_out(2, data.BadRows())
+    for row in held_out:
+        assert row["short"] == [(SENTENCE * 2).strip()]
+        assert row["long"] == (SENTENCE * 50).strip()
+
+
+def test_a_bad_row_is_not_held_out_and_is_named(tmp_path, tokenizer, capsys):
+    """The next usable one takes its place."""
+    rows = [GOOD[0]] * 6 + [BAD["truncated image"][0], BAD["no caption"][0]]
+    pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
+    bad_rows = data.BadRows()
+    held_out = pairs.hold_out(6, bad_rows)
+    assert len(held_out) == 6
+    assert len(pairs) == 2
+    err = capsys.readouterr().err
+    assert len(bad_rows.messages) == err.count("left out: ")
+    for message in bad_rows.messages:
+        assert f"left out: {message}\n" in err
+
+
+def test_too_many_bad_rows_among_those_to_hold_out_end_the_run(tmp_path, tokenizer):
+    rows = [GOOD[0]] * 6 + [BAD["malformed line"][0]] * 6
+    pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
+    with pytest.raises(ValueError, match=r"4 of \d+ rows cannot be used; the last: .*jsonl:"):
+        pairs.hold_out(6, data.BadRows())
+
+
+def test_a_file_without_short_captions_is_not_read_to_its_end_for_rows_to_hold_out(
+    tmp_path, tokenizer, monkeypatch
+):
+    rows = [{"image": "whole.jpg", "long": f"number {i}"} for i in range(100)]
+    pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
+    tried = []
+    parse = pairs.parse
+    monkeypatch.setattr(pairs, "parse", lambda index: tried.append(index) or parse(index))
+    assert pairs.hold_out(2, data.BadRows()) == []
+    assert len(set(tried)) == 40
+    assert len(pairs) == 100
+
+
+# ------------------------------------------------------------------- the rule for unusable rows
+
+
+def test_more_than_3_and_more_than_1_percent_of_bad_rows_are_too_many():
+    bad_rows = data.BadRows()
+    assert bad_rows.too_many(3, rows_seen=10) is None
+    assert bad_rows.too_many(4, rows_seen=400) is None
+    assert "4 of 399 rows cannot be used" in bad_rows.too_many(4, rows_seen=399)
+    assert bad_rows.too_many(50, rows_seen=5000) is None
+    assert "51 of 5000" in bad_rows.too_many(51, rows_seen=5000)
+
+
+def test_a_bad_row_is_named_once_and_listed_once_even_after_a_restart(tmp_path, capsys):
+    path = tmp_path / "bad_rows.txt"
+    bad_rows = data.BadRows()
+    bad_rows.add(["held out: broken"])  # before the run has a folder
+    assert not path.exists()
+    bad_rows.write_to(path)
+    bad_rows.add(["a:1: broken", "a:2:\nbroken"])
+    bad_rows.add(["a:1: broken"])  # an epoch later
+    lines = ["held out: broken", "a:1: broken", "a:2: broken"]
+    assert path.read_text().splitlines() == lines
+    assert capsys.readouterr().err.splitlines() == [f"left out: {line}" for line in lines]
+    again = data.BadRows()
+    again.write_to(path)
+    again.add(["a:2: broken", "a:9: broken"])
+    assert path.read_text().splitlines() == [*lines, "a:9: broken"]
+    assert capsys.readouterr().err == "left out: a:9: broken\n"
+    assert again.messages == [*lines, "a:9: broken"]
+
+
+# ---------------------------------------------------------------------------------- small tools
+
+
+def test_a_file_of_tensors_is_there_whole_or_not_at_all(tmp_path):
+    data.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    with pytest.raises(OSError, match="could not be written"):
+        data.write_tensors(tmp_path / "absent" / "b.safetensors", {"x": torch.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_table_is_aligned():
+    table = data.format_table(["", "R@1"], [["text to image", "5.0"], ["x", "100.0"]])
+    assert table.splitlines() == [
+        "                 R@1",
+        "--------------------",
+        "text to image    5.0",
+        "x              100.0",
+    ]
