@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -127,10 +128,10 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised template; the other fields index into input_ids. With N = 2 image tokens:
+    """One tokenised template; the other fields index into input_ids. With 2 image tokens:
 
     <s> USER : Summarize .. word : <image> <image> \\n ASSISTANT : USER .. ASSISTANT : a red .. </s>
-               ^ prompt_start      ^ image_start               ^ summary_index        ^ caption_start
+               ^ prompt_start                                   ^ summary_index     ^ caption_start
     """
 
     input_ids: list[int]
@@ -138,58 +139,32 @@ class TokenSequence:
     prompt_length: int  # tokens of the hand prompt: what the soft prompt replaces
     summary_index: int  # the token whose hidden state is the embedding
     caption_start: int | None = None  # first token of the long caption; Eq. 2 counts from here
-    image_start: int = 0
-    num_image_tokens: int = 0
     position_ids: Tensor | None = None  # (3, T) rotary positions; None: 0 .. T - 1
 
 
 def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, int]:
     """(the template with its two fields filled in, the character at which the prompt begins)."""
-    values = {"{prompt}": prompt, "{caption}": caption}
-    text = ""
-    prompt_char = 0
-    for part in re.split(r"(\{prompt\}|\{caption\})", template):
-        if part == "{prompt}":
-            prompt_char = len(text)
-        text += values.get(part, part)
-    return text, prompt_char
+    before, after = template.split("{prompt}")
+    before = before.replace("{caption}", caption)
+    return before + prompt + after.replace("{caption}", caption), len(before)
 
 
-def find_spans(encoding, prefix: str, prompt_char: int, prompt: str) -> tuple[int, int, int]:
-    """(prompt_start, prompt_length, summary_index) of an encoded text that begins with `prefix`.
+def find_spans(offsets, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
+    """(prompt_start, prompt_length, summary_index) in a tokenised text that begins with `prefix`.
 
-    Tokens are found by their characters in one tokenisation of the whole: tokenising the parts
-    apart gives other ids, because a tokenizer may join characters across their borders.
+    offsets: first and last character of each token. Tokens are found by their characters in one
+    tokenisation of the whole: tokenising the parts apart gives other ids, because a tokenizer may
+    join characters across their borders.
     """
     prompt_tokens = []
     summary_index = 0
-    for index, (start, end) in enumerate(encoding.offsets):
+    for index, (start, end) in enumerate(offsets):
         if start < prompt_char + len(prompt) and end > prompt_char:
             prompt_tokens.append(index)
         if start < end <= len(prefix):
             summary_index = index
         assert not start < len(prefix) < end, "a token reaches across the end of the prefix"
     return prompt_tokens[0], len(prompt_tokens), summary_index
-
-
-def expand_image_token(sequence: TokenSequence, image_token_id: int, count: int) -> TokenSequence:
-    """The sequence with `count` image tokens where its one stands; what follows moves on."""
-    image_start = sequence.input_ids.index(image_token_id)
-    before = sequence.input_ids[:image_start]
-    after = sequence.input_ids[image_start + 1 :]
-
-    def moved(index):
-        return index + count - 1 if index is not None and index > image_start else index
-
-    return replace(
-        sequence,
-        input_ids=before + [image_token_id] * count + after,
-        prompt_start=moved(sequence.prompt_start),
-        summary_index=moved(sequence.summary_index),
-        caption_start=moved(sequence.caption_start),
-        image_start=image_start,
-        num_image_tokens=count,
-    )
 
 
 def tensors_to(batch, device):
@@ -230,35 +205,30 @@ class Batch:
         )
 
 
-def collate(sequences: list[TokenSequence], pad_token_id: int) -> Batch:
+def collate(sequences: list[TokenSequence], pad_token_id: int, image_token_id: int) -> Batch:
     """Pad sequences on the right, where causal attention never lets a real token see it."""
     width = max(len(sequence.input_ids) for sequence in sequences)
-    input_ids, image_rows, image_columns, caption_index, caption_targets = [], [], [], [], []
+    padded, caption_index, caption_targets, position_ids = [], [], [], []
     for row, sequence in enumerate(sequences):
         ids = sequence.input_ids
-        input_ids.append(ids + [pad_token_id] * (width - len(ids)))
-        image_rows += [row] * sequence.num_image_tokens
-        image_end = sequence.image_start + sequence.num_image_tokens
-        image_columns += range(sequence.image_start, image_end)
+        padded.append(ids + [pad_token_id] * (width - len(ids)))
         if sequence.caption_start is not None:
             # the state at t - 1 predicts the token at t
-            first = row * width + sequence.caption_start - 1
-            last = row * width + len(ids) - 1
-            caption_index += range(first, last)
+            first, end = sequence.caption_start - 1, len(ids) - 1
+            caption_index += range(row * width + first, row * width + end)
             caption_targets += ids[sequence.caption_start :]
-    position_ids = None
-    if sequences[0].position_ids is not None:
-        padded = [F.pad(s.position_ids, (0, width - len(s.input_ids))) for s in sequences]
-        position_ids = torch.stack(padded, dim=1)  # (3, B, T)
+        if sequence.position_ids is not None:
+            position_ids.append(F.pad(sequence.position_ids, (0, width - len(ids))))
+    input_ids = torch.tensor(padded)
     return Batch(
-        input_ids=torch.tensor(input_ids),
-        prompt_start=torch.tensor([s.prompt_start for s in sequences]),
-        summary_index=torch.tensor([s.summary_index for s in sequences]),
-        image_token_index=torch.tensor([image_rows, image_columns], dtype=torch.long),
+        input_ids=input_ids,
+        prompt_start=torch.tensor([sequence.prompt_start for sequence in sequences]),
+        summary_index=torch.tensor([sequence.summary_index for sequence in sequences]),
+        image_token_index=(input_ids == image_token_id).nonzero().T,
         caption_index=torch.tensor(caption_index, dtype=torch.long),
         caption_targets=torch.tensor(caption_targets, dtype=torch.long),
-        prefix_width=max(s.summary_index for s in sequences) + 1,
-        position_ids=position_ids,
+        prefix_width=max(sequence.summary_index for sequence in sequences) + 1,
+        position_ids=torch.stack(position_ids, dim=1) if position_ids else None,
     )
 
 
@@ -720,19 +690,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help=dtype_help)
 
 
-def add_config_flags(parser: argparse.ArgumentParser, cls, helps: dict[str, str]) -> None:
-    """A flag for every field of a config dataclass that `helps` explains; defaults stay in the class.
+def flag(default, help: str, low: float | None = None, high: float = math.inf):
+    """A dataclass field that is a command-line flag too, with its help and bounds."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
-    A flag that is not used is absent from the parsed arguments.
-    """
+
+def check_bounds(config) -> None:
+    """ValueError for the first field of a dataclass that lies outside the bounds of its flag."""
+    for f in dataclasses.fields(config):
+        low, value = f.metadata.get("low"), getattr(config, f.name)
+        if low is not None and value is not None and not low <= value <= f.metadata["high"]:
+            name, high = f.name.replace("_", "-"), f.metadata["high"]
+            raise ValueError(f"--{name} is {value}: wanted {low} to {high}")
+
+
+def add_config_flags(parser: argparse.ArgumentParser, cls) -> None:
+    """The flags of a config dataclass; one that is not used is absent from the parsed arguments."""
     for f in dataclasses.fields(cls):
-        if f.name not in helps:
+        if "help" not in f.metadata:
             continue
-        flag = f"--{f.name.replace('_', '-')}"
+        name = f"--{f.name.replace('_', '-')}"
         default = "" if f.default is None else f" (default: {f.default})"
-        options = {"default": argparse.SUPPRESS, "help": helps[f.name] + default}
+        options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
         kind = (typing.get_args(f.type) or (f.type,))[0]
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
+            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **options)

@@ -92,10 +92,6 @@ class VisionConfig:
     patch_size: int = 32  # pixels, square
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"config.json: {self.num_attention_heads} heads do not divide {self}")
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -127,26 +123,13 @@ class DecoderConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-SUPPORTED = {
-    "model_type": ("llava",),
-    "projector_hidden_act": ("gelu",),
-    "vision_feature_select_strategy": ("default",),
-    "multimodal_projector_bias": (True,),
-    "quantization_config": (None,),
-}
-SUPPORTED_VISION = {
-    "model_type": ("clip_vision_model",),
-    "hidden_act": ("quick_gelu",),
-    "num_channels": (3,),
-}
-SUPPORTED_TEXT = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
-    "quantization_config": (None,),
-}
+# What this code computes, by field; another value would silently give another model.
+SUPPORTED = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",)}
+SUPPORTED |= {"multimodal_projector_bias": (True,), "quantization_config": (None,)}
+SUPPORTED_VISION = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",)}
+SUPPORTED_TEXT = {"model_type": ("llama",), "hidden_act": ("silu",), "quantization_config": (None,)}
+SUPPORTED_TEXT |= {"attention_bias": (False,), "mlp_bias": (False,)}
+SUPPORTED_TEXT |= {"rope_scaling": (None, {"rope_type": "default"}, {"type": "default"})}
 
 
 @dataclass(frozen=True)
@@ -176,52 +159,47 @@ class LVLMConfig:
 
     @classmethod
     def from_json(cls, raw: dict) -> "LVLMConfig":
-        """LVLMConfig of a config.json; ValueError names what this code cannot honour."""
+        """The configuration in a config.json; ValueError names what this code cannot honour."""
         check_supported(raw, SUPPORTED, "config.json")
-        for name, supported in (("vision", SUPPORTED_VISION), ("text", SUPPORTED_TEXT)):
-            check_supported(raw.get(f"{name}_config"), supported, f"config.json {name}_config")
-        text = dict(raw["text_config"])
-        rope = (
-            text.get("rope_parameters") or {}
-        )  # as transformers 5 writes it; wins over rope_theta
+        check_supported(raw.get("vision_config"), SUPPORTED_VISION, "config.json vision_config")
+        check_supported(raw.get("text_config"), SUPPORTED_TEXT, "config.json text_config")
+        # transformers 5 writes rope_parameters, which there win over a rope_theta beside them
+        rope = raw["text_config"].get("rope_parameters") or {}
         check_supported(rope, {"rope_type": ("default",)}, "config.json rope_parameters")
-        text["rope_theta"] = rope.get(
-            "rope_theta", text.get("rope_theta", DecoderConfig.rope_theta)
-        )
-        text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
-        special = {
+        text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
+        text |= {"bos_token_id": 1, "eos_token_id": 2} | raw["text_config"] | rope
+        fields = {
+            "vision": from_json(
+                VisionConfig, raw["vision_config"], "config.json vision_config", True
+            ),
+            "decoder": from_json(DecoderConfig, text, "config.json text_config", True),
             "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
             "vision_feature_layer": raw.get("vision_feature_layer", -2),
-            "bos_token_id": text.get("bos_token_id", 1),
-            "eos_token_id": text.get("eos_token_id", 2),
+            "bos_token_id": text["bos_token_id"],
+            "eos_token_id": text["eos_token_id"],
+            "raw": raw,
         }
-        vision = from_json(VisionConfig, raw["vision_config"], "config.json vision_config", True)
-        decoder = from_json(DecoderConfig, text, "config.json text_config", True)
-        dimensions = {"vision": vision, "decoder": decoder, "raw": raw}
-        return from_json(cls, special | dimensions, "config.json")
+        return from_json(cls, fields, "config.json")
 
     def __post_init__(self):
-        if not 0 <= self.image_token_id < self.decoder.vocab_size:
-            size = self.decoder.vocab_size
+        size = self.decoder.vocab_size
+        if not 0 <= self.image_token_id < size:
             raise ValueError(
                 f"config.json: <image> has id {self.image_token_id}, not one of {size}"
             )
 
+    # The three networks: Phi_v from what stack_images returns to features, g, and Phi_l.
+
     def build_vision(self) -> nn.Module:
-        """Phi_v, from what `stack_images` returns to features."""
-        num_states = self.vision.num_hidden_layers + 1
-        if not -num_states <= self.vision_feature_layer < num_states:
-            layer = self.vision_feature_layer
-            raise ValueError(f"config.json: vision_feature_layer {layer} of {num_states} states")
-        return VisionTower(self.vision, self.vision_feature_layer % num_states)
+        return VisionTower(self.vision, self.vision_feature_layer)
 
     def build_projector(self) -> nn.Module:
-        """g, from features to decoder inputs."""
         return Projector(self.vision.hidden_size, self.decoder.hidden_size)
 
     def build_decoder(self) -> nn.Module:
-        """Phi_l."""
         return Decoder(self.decoder)
+
+    # Images and templates.
 
     def image_grid(self, pixels: Tensor | None = None) -> tuple[int, int]:
         """(rows, columns) of image tokens of one preprocessed image, or of a square one."""
@@ -269,45 +247,45 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        width = config.hidden_size
+        width, inner = config.hidden_size, config.intermediate_size
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.num_heads = config.num_attention_heads
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.self_attn = nn.ModuleDict()
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.self_attn[name] = nn.Linear(width, width)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in projections})
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = nn.ModuleDict()
-        self.mlp["fc1"] = nn.Linear(width, config.intermediate_size)
-        self.mlp["fc2"] = nn.Linear(config.intermediate_size, width)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, 1 + N, K)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.layer_norm1(x)
-        q = self.split_heads(self.self_attn["q_proj"](normed))
-        k = self.split_heads(self.self_attn["k_proj"](normed))
-        v = self.split_heads(self.self_attn["v_proj"](normed))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        heads = []  # queries, keys and values, (B, H, 1 + N, K) each
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projected = self.self_attn[name](normed)
+            heads.append(projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        attended = F.scaled_dot_product_attention(*heads)
         x = x + self.self_attn["out_proj"](attended.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](quick_gelu(self.mlp["fc1"](self.layer_norm2(x))))
 
 
 class VisionTower(nn.Module):
-    """Phi_v: pixels (B, 3, height, width) -> patch features (B, N, C) after `num_blocks` blocks."""
+    """Phi_v: pixels (B, 3, height, width) -> patch features (B, N, C).
 
-    def __init__(self, config: VisionConfig, num_blocks: int):
+    feature_layer: which of [embeddings, block 1, block 2, ...] they are; later blocks do not run.
+    """
+
+    def __init__(self, config: VisionConfig, feature_layer: int):
         super().__init__()
-        width = config.hidden_size
-        patch = config.patch_size
+        width, patch = config.hidden_size, config.patch_size
         num_patches = (config.image_size // patch) ** 2
-        self.num_blocks = num_blocks
+        num_states = config.num_hidden_layers + 1
+        if not -num_states <= feature_layer < num_states:
+            raise ValueError(f"config.json: vision_feature_layer {feature_layer} of {num_states}")
+        self.num_blocks = feature_layer % num_states
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding(num_patches + 1, width)
         self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic, as published
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        # LLaVA reads a layer before the last: the blocks after it and this norm only complete a save
+        # never applied by LLaVA; here so that all keys of a checkpoint have their place
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -334,18 +312,6 @@ class Projector(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- decoder
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the statistics are taken in float32 whatever the dtype of x."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_frequencies(width: int, theta: float, device) -> Tensor:
@@ -446,9 +412,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x, rotary, cache=None, cache_position=None, state_index=None) -> Tensor:
@@ -473,7 +439,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderBlock(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rotary(self, position_ids: Tensor, dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each (B or 1, 1, T, K), of the tokens at position_ids (B or 1, T)."""
@@ -545,34 +511,24 @@ class LVLM(nn.Module):
 
 
 @torch.no_grad()
-def generate(
-    lvlm: LVLM,
-    inputs_embeds: Tensor,
-    lengths: Tensor,
-    max_new_tokens: int,
-    position_ids: Tensor | None = None,
-) -> list[list[int]]:
+def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens, position_ids=None):
     """Greedy decoding of a batch with the key-value cache.
 
     inputs_embeds: (B, T, D), right-padded; lengths: (B,) real tokens of each row; position_ids: as
-    the decoder's, possibly with axes in front. Returns B lists of token ids, each ending before its
-    first end-of-sequence token.
+    the decoder's. Returns B lists of token ids, each ending before its first end-of-sequence token.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
     batch_size, width = inputs_embeds.shape[:2]
+    length = width + max_new_tokens
     limit = lvlm.config.decoder.max_position_embeddings
-    if width + max_new_tokens > limit:
-        raise ValueError(f"{width} + {max_new_tokens} new tokens exceed the {limit} positions")
+    if max_new_tokens < 1 or length > limit:
+        raise ValueError(f"{width} + {max_new_tokens} new tokens: wanted 1 or more, {limit} in all")
     device = inputs_embeds.device
     rows = torch.arange(batch_size, device=device)
-    eos = lvlm.config.eos_token_id
-    length = width + max_new_tokens
     cache = KVCache(lvlm.config.decoder, batch_size, length, device, inputs_embeds.dtype)
 
     # the prompt at once; its last real token predicts the first new one
-    prompt_position = torch.arange(width, device=device).expand(batch_size, -1)
-    hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache, prompt_position)
+    cache_position = torch.arange(width, device=device).expand(batch_size, -1)
+    hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache, cache_position)
     last = hidden_states[rows, lengths - 1]  # (B, D)
     next_position = lengths  # (B,) rotary position of the first new token
     if position_ids is not None:
@@ -580,16 +536,17 @@ def generate(
 
     # then one token at a time
     tokens = []
+    eos = lvlm.config.eos_token_id
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         token = lvlm.lm_head(last).argmax(-1)  # (B,)
         tokens.append(token)
         finished |= token == eos
-        if step + 1 == max_new_tokens or (step % 8 == 7 and finished.all()):
-            break  # asked every 8 tokens only: each time the host waits for the device
+        if step % 8 == 7 and finished.all():  # each time it is asked the host waits for the device
+            break
+        embeds = lvlm.embed(token[:, None])
         position = (next_position + step)[:, None]
-        cache_position = (lengths + step)[:, None]
-        last = lvlm.decoder(lvlm.embed(token[:, None]), position, cache, cache_position)[:, 0]
+        last = lvlm.decoder(embeds, position, cache, (lengths + step)[:, None])[:, 0]
     answers = torch.stack(tokens, dim=1).tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
 
@@ -649,36 +606,31 @@ def checkpoint_tensors(folder: Path, key_patterns) -> dict[str, tuple[Path, str,
 
 def check_shapes(shapes: dict, wanted: dict) -> None:
     """Compare {name: shape} of a file with the model's; one ValueError lists all that differs."""
-    problems = {
-        "missing": sorted(wanted.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - wanted.keys()),
-        "of another shape": [],
-    }
-    for name in sorted(wanted.keys() & shapes.keys()):
-        if shapes[name] != wanted[name]:
-            both = f"{tuple(shapes[name])}, wanted {tuple(wanted[name])}"
-            problems["of another shape"].append(f"{name} {both}")
-    lines = []
-    for problem, names in problems.items():
-        if names:
-            more = " ..." if len(names) > 8 else ""
-            lines.append(f"{len(names)} {problem}: {', '.join(names[:8])}{more}")
-    if lines:
-        raise ValueError("; ".join(lines))
+    problems = []
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if name not in shapes:
+            problems.append(f"{name} is missing")
+        elif name not in wanted:
+            problems.append(f"{name} is unexpected")
+        elif shapes[name] != wanted[name]:
+            problems.append(f"{name} is {tuple(shapes[name])}, wanted {tuple(wanted[name])}")
+    if problems:
+        more = f"; {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise ValueError("; ".join(problems[:12]) + more)
 
 
 def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> LVLM:
-    """The LVLM in a model folder, frozen, on one device in one dtype.
+    """The LVLM in a model folder, frozen, on one device in one dtype (None: see pick_dtype).
 
-    dtype None: bfloat16 on CUDA; on the CPU float32, or bfloat16 where that takes over half of the
-    free memory. Each tensor is copied once, from the memory-mapped file to its place. ValueError
-    lists all keys and shapes that do not fit config.json, or says how much memory is missing.
+    ValueError lists all keys and shapes that do not fit config.json.
     """
     config = parse_config(read_json(Path(folder) / "config.json"))
+    tied = config.decoder.tie_word_embeddings
+    # 1. the shapes of the model against those in the files' headers: nothing is allocated yet
     with torch.device("meta"):
         lvlm = LVLM(config)
     tensors = checkpoint_tensors(folder, config.key_patterns)
-    if config.decoder.tie_word_embeddings:
+    if tied:
         tensors.pop("lm_head.weight", None)  # some tied checkpoints store the shared weight twice
     shapes = {name: shape for name, (_, _, shape) in tensors.items()}
     try:
@@ -686,43 +638,43 @@ def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None
     except ValueError as error:
         raise ValueError(f"the weights of {folder} do not fit its config.json: {error}") from None
     dtype = pick_dtype(sum(p.numel() for p in lvlm.parameters()), device, dtype)
+    # 2. each tensor is copied once, from the memory-mapped file to its place
     state = {}
     for name, (path, key, _) in tqdm(tensors.items(), "loading weights", leave=False, disable=None):
         # opened anew for each tensor: pages of an open file would count as memory of this process
         with open_safetensors(path) as shard:
             state[name] = shard.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-    if config.decoder.tie_word_embeddings:
+    if tied:
         state["lm_head.weight"] = state["decoder.embed_tokens.weight"]
     lvlm.load_state_dict(state, assign=True)
     lvlm.tie_weights()
     return lvlm.requires_grad_(False).eval()
 
 
-# ------------------------------------------------------------------------------------- devices
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def free_bytes(device) -> int:
-    """Memory that is free on a device."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # Linux: what can be had without swapping
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def pick_dtype(num_parameters: int, device, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype that was asked for, or load_lvlm's default; ValueError if the weights do not fit."""
-    free = free_bytes(device)
+    """The dtype that was asked for, or the default; ValueError if the weights do not fit the device.
+
+    By default bfloat16 on CUDA; on the CPU float32, unless that takes over half of the free memory.
+    """
+    cuda = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
     if dtype is None:
-        half = torch.device(device).type == "cuda" or 4 * num_parameters > free / 2
-        dtype = torch.bfloat16 if half else torch.float32
+        dtype = torch.bfloat16 if cuda or 4 * num_parameters > free / 2 else torch.float32
     needed = dtype.itemsize * num_parameters
     if needed > free:
         sizes = f"{needed / 1e9:.1f} GB in {dtype}, but {device} has {free / 1e9:.1f} GB free"
         hint = "try --dtype bfloat16" if dtype == torch.float32 else "take a smaller model"
         raise ValueError(f"the model takes {sizes}: {hint}")
     return dtype
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping (Linux), or all that there are."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -13,19 +13,17 @@ Not here: the losses (vladva.py), metrics (eval.py), curves (extras/plots.py), t
 """
 
 import argparse
-import ctypes
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
-import platform
 import random
 import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,14 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import (
-    TrainingBatch,
-    all_gather_rows,
-    all_reduce_sum,
-    barrier,
-    rank_and_world_size,
-    say,
-)
+from data import check_bounds, flag, rank_and_world_size, say
 from eval import HeldOutPairs, Measured, score_table
 from model import DTYPES, from_json, open_safetensors, read_json, write_json
 from vladva import Embeddings, VladVA, VladVAConfig, read_adapter
@@ -53,78 +44,50 @@ from vladva import Embeddings, VladVA, VladVAConfig, read_adapter
 class TrainConfig:
     """Everything a run depends on beside VladVAConfig. None: decided when the run starts."""
 
-    model: str = "tiny"
-    data: str = "scenes"  # rendered; or a pairs file
-    out: str | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 64  # second-hand notes on the paper: 1024
-    micro_batch_size: int | None = None
-    gradient_caching: bool | None = None
-    gradient_checkpointing: bool | None = None
-    compile: bool = False
-    lr: float | None = None  # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling is ours
-    soft_prompt_lr: float | None = None  # ours
-    loss_lr: float | None = None  # of what the loss itself trains, such as log tau; ours
-    warmup_ratio: float = 0.05  # linear, then cosine to 0 (cosine: second-hand notes)
+    model: str = flag("tiny", f"{', '.join(data.MODELS)}, a folder or a hub id")
+    data: str = flag("scenes", "scenes, or a file of JSON lines")
+    out: str | None = flag(None, "folder that the run writes (default: runs/<model>)")
+    steps: int | None = flag(None, "optimizer steps (default: 140, or one epoch if longer)", low=1)
+    epochs: float | None = flag(None, "passes over the data, instead of --steps", low=0)
+    # second-hand notes on the paper: 1024
+    batch_size: int = flag(64, "pairs a step, over all processes", low=2)
+    micro_batch_size: int | None = flag(
+        None, "pairs that run together (default: 16, cuda: 8)", low=1
+    )
+    gradient_caching: bool | None = flag(
+        None, "hold one micro-batch's graph (default: large models)"
+    )
+    gradient_checkpointing: bool | None = flag(None, "recompute blocks (default: on cuda)")
+    compile: bool = flag(False, "torch.compile every decoder block")
+    # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
+    lr: float | None = flag(None, "peak, of LoRA (default: 2e-4 x 4096 / decoder width)", low=0)
+    soft_prompt_lr: float | None = flag(None, "peak, of soft prompts (default: 4 x --lr)", low=0)
+    loss_lr: float | None = None  # of what the loss itself trains, such as log tau; None: lr
+    warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     weight_decay: float = 0.0  # of LoRA; ours
-    max_grad_norm: float = 1.0  # ours
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    num_workers: int | None = None
-    save_every: int = 500
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", low=0)  # ours
+    seed: int = flag(0, "of adapter weights, data order and training scenes", low=0)
+    device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
+    dtype: str | None = flag(None, "of frozen weights (default: bfloat16 on cuda, float32 on cpu)")
+    num_workers: int | None = flag(None, "processes that prepare batches (default: cuda: 8)", low=0)
+    save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     keep_checkpoints: int = 2
-    holdout: int | None = None
-    eval_every: int | None = None
+    holdout: int | None = flag(None, "scenes or rows to measure on (default: up to 1000)", low=0)
+    eval_every: int | None = flag(None, "steps between measurements (default: none)", low=1)
     num_scenes: int = 20000  # training scenes to draw from
     eval_seed: int = 2000  # of the held-out scenes; settings were chosen on those of seed 1000
 
+    def __post_init__(self):
+        check_bounds(self)
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("--steps and --epochs: give one of them")
 
-HELP = {
-    "model": "tiny, tiny-llava, llava-1.5-7b, llava-1.5-13b, qwen2-vl-2b, a folder or a hub id",
-    "data": "scenes, or a file of JSON lines",
-    "out": "folder that the run writes (default: runs/<model>)",
-    "steps": "optimizer steps (default: 140 on scenes, else one epoch or 140 if that is more)",
-    "epochs": "passes over the data, instead of --steps",
-    "batch_size": "pairs a step, over all processes",
-    "micro_batch_size": "pairs that run together; the gradient does not depend on it (default: 16 on the cpu, 8 on cuda)",
-    "gradient_caching": "hold one micro-batch's activations at a time (default: for models over 100 million parameters)",
-    "gradient_checkpointing": "recompute decoder blocks in the backward pass (default: on cuda)",
-    "compile": "torch.compile every decoder block",
-    "lr": "peak learning rate of LoRA (default: 2e-4 x 4096 / decoder width)",
-    "soft_prompt_lr": "peak learning rate of the soft prompts (default: 4 x --lr)",
-    "warmup_ratio": "share of the steps with a rising learning rate",
-    "max_grad_norm": "gradients are scaled down to this norm",
-    "seed": "of adapter weights, data order and training scenes",
-    "device": "cpu, cuda, ... (default: cuda if there is one)",
-    "dtype": "of the frozen weights (default: bfloat16 on cuda, float32 on the cpu if it fits)",
-    "num_workers": "processes that prepare batches ahead (default: 0 on the cpu, 8 on cuda)",
-    "save_every": "steps between checkpoints; one is due every 10 minutes as well",
-    "holdout": "scenes, or rows of --data, that are kept for measuring (default: 1000 scenes, or a tenth of the rows, at most 1000); 0: none",
-    "eval_every": "steps between measurements on what is held out (default: before and after only)",
-}
-METHOD_HELP = {
-    "loss": "an entry of vladva.LOSSES",
-    "soft_prompts": "train soft prompts in place of the hand prompts",
-    "lora": "train LoRA on the decoder's linear layers",
-    "lora_rank": "rank of LoRA",
-    "temperature": "tau of Eq. 1",
-    "learn_temperature": "train tau as well",
-    "next_token_weight": "weight of Eq. 2",
-    "image_mode": "crop or pad images that are not square",
-}
 
 # ------------------------------------------------------------------------------------- the run
 
 
-def train(
-    config: TrainConfig,
-    method: VladVAConfig,
-    resume: bool = False,
-    open_rows: Callable | None = None,
-) -> dict:
+def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows=None) -> dict:
     """Measure, adapt, measure again; returns what scores.json holds.
 
     open_rows: (TrainConfig, VladVA, BadRows) -> (rows, held-out rows); None: what config.data names.
@@ -136,57 +99,55 @@ def train(
     config = resolve(config, model, rows)
     out = start_run(config, method, resume)
     bad_rows.write_to(out / "bad_rows.txt")
-    before = measure(model, held_out)
+    before = held_out.measure(model) if len(held_out) > 1 else None
     model.attach(config.seed)
     announce(config, model, rows)
     adapt(model, rows, held_out, bad_rows, config)
-    after = measure(model, held_out)
+    after = held_out.measure(model) if len(held_out) > 1 else None
     return report(out, held_out, before, after)
 
 
 def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainConfig) -> None:
     """The loop: one optimizer step of L = L_con + weight L_CE (paper Sec. 3.2.3) a batch."""
-    out = Path(config.out)
+    out, device = Path(config.out), model.lvlm.device
     prepare_blocks(model, config)
     optimizer = make_optimizer(model, config)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     done = load_checkpoint(out, model, optimizer)
     metrics = open_metrics(out / "metrics.jsonl", done)
-    saved = began = time.monotonic()
-    bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=hide_bar())
-    with StopSignal() as stop, metrics, bar:
+    hide_bar = True if rank_and_world_size()[0] else None
+    bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=hide_bar)
+    began = saved = time.monotonic()
+    with stop_signals() as received, metrics, bar:
         for step, batch in enumerate(step_loader(model, rows, config, done + 1), start=done + 1):
-            start = time.perf_counter()
+            # one optimizer step
             for group, peak in zip(optimizer.param_groups, peak_lrs):
                 group["lr"] = peak * lr_scale(step, config)
+            start = time.perf_counter()
             losses = train_step(model, batch.micro_batches, optimizer, config)
-            values = {name: value.item() for name, value in losses.items()}
-            check_finite(values, step, batch.where, out)
+            line = {"step": step} | {name: value.item() for name, value in losses.items()}
+            line["lr"] = optimizer.param_groups[0]["lr"]
+            line |= speed(batch.micro_batches, time.perf_counter() - start, device)
+            check_finite(line, batch.where, out)
 
-            # what is known of the step
-            seconds = time.perf_counter() - start
-            line = {"step": step, **values, "lr": optimizer.param_groups[0]["lr"]}
-            line |= speed(batch.micro_batches, seconds, model.lvlm.device)
+            # what is known of it
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                line["held_out"] = measure(model, held_out).scores
+                line["held_out"] = held_out.measure(model).scores
             metrics.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
             if step == done + 5:
                 hours = (time.monotonic() - began) / 5 * (config.steps - step) / 3600
                 say(f"about {hours:.1f} hours to go")
 
-            # what must not be lost
+            # what must not be lost; all processes take the same decision
             bad_rows.add(batch.bad)
-            counts = torch.tensor(
-                [stop.requested, len(bad_rows.messages)], device=model.lvlm.device
-            )
-            stopped, num_bad = all_reduce_sum(counts.long()).tolist()
+            counts = torch.tensor([len(received), len(bad_rows.messages)], device=device)
+            stopped, num_bad = data.all_reduce_sum(counts).tolist()
             too_many = bad_rows.too_many(num_bad, step * config.batch_size)
-            due = (
-                step % config.save_every == 0 or time.monotonic() - saved > 60 * config.save_minutes
-            )
-            if due or stopped or too_many or step == config.steps:
+            due = step % config.save_every == 0 or step == config.steps
+            due = due or time.monotonic() - saved > 60 * config.save_minutes
+            if due or stopped or too_many:
                 save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
                 saved = time.monotonic()
             if too_many:
@@ -202,15 +163,15 @@ def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> 
     """Gradients of one batch, clip, update. Returns 0-d tensors: nothing here waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     contrastive, next_token = backward(model, micro_batches, config.gradient_caching)
-    parameters = list(model.trained_parameters().values())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    parameters = model.trained_parameters().values()
+    grad_norm = torch.nn.utils.clip_grad_norm_(list(parameters), config.max_grad_norm)
     optimizer.step()
     loss = contrastive + model.config.next_token_weight * next_token
     losses = {"loss": loss, "contrastive": contrastive, "next_token": next_token}
     return losses | {"grad_norm": grad_norm}
 
 
-def backward(model: VladVA, micro_batches: list[TrainingBatch], gradient_caching: bool):
+def backward(model: VladVA, micro_batches: list[data.TrainingBatch], gradient_caching: bool):
     """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
 
     What anyone would write is
@@ -224,7 +185,6 @@ def backward(model: VladVA, micro_batches: list[TrainingBatch], gradient_caching
     gradient_caching only one micro-batch holds activations at a time, and runs twice.
     """
     device = model.lvlm.device
-    weight = model.config.next_token_weight
 
     # 1. the embeddings of all micro-batches: without a graph, if each is to run again
     outputs = []
@@ -235,11 +195,12 @@ def backward(model: VladVA, micro_batches: list[TrainingBatch], gradient_caching
 
     # 2. Eq. 1 on the embeddings of all processes, and d loss / d embedding of this one's
     contrastive, gradients = embedding_gradients(model, [emb for emb, _ in outputs])
-    own_tokens = sum(len(micro_batch.caption_targets) for micro_batch in micro_batches)
-    num_tokens = total_tokens(own_tokens, device)
+    num_tokens = sum(len(micro_batch.caption_targets) for micro_batch in micro_batches)
+    if rank_and_world_size()[1] > 1:
+        num_tokens = int(data.all_reduce_sum(torch.tensor(num_tokens, device=device)))
     if not contrastive.requires_grad and not num_tokens:
         raise ValueError(
-            "a batch has nothing to learn from: 2 short captions, or a long one, needed"
+            "nothing to learn from in a batch: it needs 2 short captions or a long one"
         )
 
     # 3. each micro-batch with its graph: that gradient goes back together with Eq. 2's
@@ -249,16 +210,19 @@ def backward(model: VladVA, micro_batches: list[TrainingBatch], gradient_caching
             emb, caption_states = model.embed_batch(micro_batch.to(device))
         targets = micro_batch.caption_targets.to(device)
         partial_loss, state_gradient = caption_gradient(model, caption_states, targets, num_tokens)
-        surrogate_loss = weight * (caption_states * state_gradient).sum()
+        next_token = next_token + partial_loss
+        surrogate_loss = model.config.next_token_weight * (caption_states * state_gradient).sum()
         for name in EMBEDDINGS:
             surrogate_loss = surrogate_loss + (getattr(emb, name) * getattr(gradient, name)).sum()
         surrogate_loss.backward()
-        next_token = next_token + partial_loss
+
+    # 4. the gradients of all processes add up; those of the loss's own are whole in each already
     sum_gradients(model)
-    return contrastive.detach(), all_reduce_sum(next_token)
+    return contrastive.detach(), data.all_reduce_sum(next_token)
 
 
 EMBEDDINGS = ("image", "text", "texts")  # fields of vladva.Embeddings
+HEAD_CHUNK = 1024  # rows of logits that exist at a time
 
 
 def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor, list[Embeddings]]:
@@ -266,7 +230,7 @@ def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor,
     leaves, everyone = {}, {}
     for name in EMBEDDINGS:
         own = torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_()
-        rows, first = all_gather_rows(own.detach())
+        rows, first = data.all_gather_rows(own.detach())
         leaves[name] = own
         everyone[name] = torch.cat([rows[:first], own, rows[first + len(own) :]])
     loss = model.embedding_loss(Embeddings(**everyone))
@@ -280,10 +244,7 @@ def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor,
 
 
 def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num_tokens: int):
-    """(Eq. 2 of a micro-batch, its gradient at the states (M, D)).
-
-    The graph is cut at the states as well, so that only HEAD_CHUNK rows of logits exist at a time.
-    """
+    """(Eq. 2 of a micro-batch, its gradient at the states (M, D)): the graph is cut there as well."""
     states = caption_states.detach().requires_grad_()
     loss = torch.zeros((), device=states.device)
     for start in range(0, len(targets), HEAD_CHUNK):
@@ -294,16 +255,6 @@ def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num
     return loss, torch.zeros_like(states) if states.grad is None else states.grad
 
 
-HEAD_CHUNK = 1024
-
-
-def total_tokens(own: int, device) -> int:
-    """Caption tokens of the batch over all processes; with one process the device is not asked."""
-    if rank_and_world_size()[1] == 1:
-        return own
-    return int(all_reduce_sum(torch.tensor(own, device=device)))
-
-
 def sum_gradients(model: VladVA) -> None:
     """Add up the gradients of all processes; those of the loss's own are whole in each already."""
     world_size = rank_and_world_size()[1]
@@ -311,11 +262,10 @@ def sum_gradients(model: VladVA) -> None:
         return
     parameters = model.trained_parameters()
     for name, p in parameters.items():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if name.startswith("loss."):
             p.grad /= world_size
-    flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters.values()]))
+    flat = data.all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters.values()]))
     parts = flat.split([p.numel() for p in parameters.values()])
     for p, part in zip(parameters.values(), parts):
         p.grad.copy_(part.view_as(p))
@@ -323,17 +273,13 @@ def sum_gradients(model: VladVA) -> None:
 
 def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate for each of the model's parameter groups."""
-    rates = {
-        "lora": (config.lr, config.weight_decay),
-        "soft_prompts": (config.soft_prompt_lr, 0.0),
-        "loss": (config.loss_lr, 0.0),
-    }
+    rates = {"lora": config.lr, "soft_prompts": config.soft_prompt_lr, "loss": config.loss_lr}
     groups = []
     for name, parameters in model.parameter_groups().items():
-        lr, weight_decay = rates[name]
-        params = list(parameters.values())
-        if params:
-            groups.append({"params": params, "lr": lr, "weight_decay": weight_decay})
+        weight_decay = config.weight_decay if name == "lora" else 0.0
+        group = {"params": list(parameters.values()), "lr": rates[name]}
+        if parameters:
+            groups.append(group | {"weight_decay": weight_decay})
     return torch.optim.AdamW(groups, fused=model.lvlm.device.type != "meta")
 
 
@@ -346,113 +292,93 @@ def lr_scale(step: int, config: TrainConfig) -> float:
 
 
 def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
-    """Gradient checkpointing and torch.compile, block by block; on a CPU, freed memory goes back."""
-    decoder = model.lvlm.decoder
-    decoder.gradient_checkpointing = config.gradient_checkpointing
+    """Gradient checkpointing and torch.compile, block by block."""
+    model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        for block in decoder.layers:
+        for block in model.lvlm.decoder.layers:
             block.compile()
-    if platform.libc_ver()[0] == "glibc" and is_large(model):
-        # left alone, glibc keeps tensors in one heap whose holes come to hold more than is in use:
-        # 24 GB instead of 16 for a step of 7B. M_MMAP_THRESHOLD (-3): over 4 MB, map them apart
-        ctypes.CDLL(None).mallopt(ctypes.c_int(-3), ctypes.c_int(4 << 20))
 
 
-def is_large(model: VladVA) -> bool:
-    """Over 100 million parameters: where memory is worth more than time."""
-    return sum(p.numel() for p in model.parameters()) > 100e6
-
-
-def step_loader(model: VladVA, rows, config: TrainConfig, first_step: int) -> DataLoader:
-    """StepBatch of every step from `first_step` on, made ahead by worker processes if there are any."""
-    steps = Steps(model, rows, config.batch_size, config.micro_batch_size, config.seed)
-    numbers = range(first_step, config.steps + 1)
-    options = {"multiprocessing_context": "fork"} if config.num_workers else {}
-    workers = config.num_workers
-    return DataLoader(steps, None, sampler=numbers, num_workers=workers, collate_fn=list, **options)
-
-
-# --------------------------------------------------------------------------------- data order
+# ---------------------------------------------------------------------------------- data order
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """What one process works on in one step."""
 
-    micro_batches: list[TrainingBatch]  # on the host
+    micro_batches: list[data.TrainingBatch]  # on the host
     where: list[str]  # names of the rows
     bad: list[str]  # what was wrong with rows that were replaced
-    num_truncated: int  # rows with a caption over the paper's length
 
 
 class Steps:
-    """Step number -> StepBatch. All that is random is a function of (seed, step), so a run can go on
-    at any step.
+    """Step number -> StepBatch. All that is random is a function of (seed, step): a run can go on.
 
     An epoch is a shuffle of all rows, without a last incomplete batch; `group_size` neighbours stay
     together. Each process takes every n-th row; rows of similar length share a micro-batch.
     """
 
-    def __init__(self, model, rows, batch_size: int, micro_batch_size: int, seed: int):
-        self.model = model
-        self.rows = rows
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.seed = seed
+    def __init__(self, model: VladVA, rows, config: TrainConfig):
+        self.model, self.rows, self.config = model, rows, config
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one object a run
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of an epoch."""
         size = self.rows.group_size
         num_groups = -(-len(self.rows) // size)
-        first = np.random.default_rng([self.seed, epoch]).permutation(num_groups) * size
+        first = np.random.default_rng([self.config.seed, epoch]).permutation(num_groups) * size
         order = (first[:, None] + np.arange(size)).reshape(-1)
         return order[order < len(self.rows)]
 
     def usable_row(self, index: int, epoch: int, bad: list[str]) -> dict:
         """Row `index`, or the next one that can be used."""
-        for offset in range(min(len(self.rows), 1000)):
-            number = (index + offset) % len(self.rows)
+        for number in range(index, index + 1000):
+            number %= len(self.rows)
+            rng = random.Random(f"caption {self.config.seed} {epoch} {number}")
             try:
-                return self.rows.row(number, random.Random(f"caption {self.seed} {epoch} {number}"))
+                return self.rows.row(number, rng)
             except data.BadRow as error:
                 bad.append(str(error))
-        raise ValueError(f"{len(bad)} rows in a row cannot be used; the last: {bad[-1]}")
+        raise ValueError(f"a thousand rows, one after another, cannot be used; the last: {bad[-1]}")
 
     def __getitem__(self, step: int) -> StepBatch:
         rank, world_size = rank_and_world_size()
-        steps_per_epoch = max(1, len(self.rows) // self.batch_size)
-        epoch, step_of_epoch = divmod(step - 1, steps_per_epoch)
-        start = step_of_epoch * self.batch_size
-        indices = self.order(epoch)[start : start + self.batch_size].tolist()
+        batch_size = self.config.batch_size
+        epoch, place = divmod(step - 1, max(1, len(self.rows) // batch_size))
+        indices = self.order(epoch)[place * batch_size :][:batch_size].tolist()
         bad = []
         rows = [self.usable_row(index, epoch, bad) for index in indices[rank::world_size]]
         # longest first: what the shorter ones need then fits into memory that was used before
         rows.sort(key=lambda row: len(row["long"] or ""), reverse=True)
         micro_batches = []
-        for start in range(0, len(rows), self.micro_batch_size):
-            part = rows[start : start + self.micro_batch_size]
+        for start in range(0, len(rows), self.config.micro_batch_size):
+            part = rows[start : start + self.config.micro_batch_size]
             micro_batches.append(self.model.training_batch(part))
-        num_truncated = sum(row.get("truncated", False) for row in rows)
-        return StepBatch(micro_batches, [row["where"] for row in rows], bad, num_truncated)
+        return StepBatch(micro_batches, [row["where"] for row in rows], bad)
+
+
+def step_loader(model: VladVA, rows, config: TrainConfig, first_step: int) -> DataLoader:
+    """StepBatch of every step from `first_step` on, made ahead by worker processes if there are any."""
+    numbers = range(first_step, config.steps + 1)
+    options = {"multiprocessing_context": "fork"} if config.num_workers else {}
+    options |= {"num_workers": config.num_workers or 0, "collate_fn": lambda batch: batch}
+    return DataLoader(Steps(model, rows, config), batch_size=None, sampler=numbers, **options)
 
 
 # -------------------------------------------------------------------------------- nothing lost
 
 
-class StopSignal:
-    """Inside the context SIGTERM and SIGINT are noted, so that the step is finished and saved."""
-
-    def __enter__(self):
-        self.requested = False
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, number, frame):
-        self.requested = True
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that SIGTERM and SIGINT are noted in, so that the step is finished and saved."""
+    received = []
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -468,73 +394,59 @@ def open_metrics(path: Path, done: int):
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob("step-" + "[0-9]" * 6))
+    return sorted((out / "checkpoints").glob("step-??????"))
 
 
 def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
     """Write OUT/checkpoints/step-...: whole or not at all. Nothing random needs saving (see Steps)."""
     if rank_and_world_size()[0]:
         return
+    tensors = {}  # AdamW's moments and step counts
+    for name, p in model.trained_parameters().items():
+        for kind, value in optimizer.state[p].items():
+            tensors[f"{name}.{kind}"] = value.detach().cpu().contiguous()
     folder = out / "checkpoints" / f"step-{step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_adapter(partial)
-        data.write_tensors(partial / "optimizer.safetensors", optimizer_state(model, optimizer))
+        data.write_tensors(partial / "optimizer.safetensors", tensors)
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ValueError(
-            f"step {step} could not be saved ({error}); {last_checkpoint(out)}"
-        ) from None
+        last = f"the last whole checkpoint is {checkpoints(out)[-1:]}"
+        raise ValueError(f"step {step} could not be saved ({error}); {last}") from None
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
 
-def last_checkpoint(out: Path) -> str:
-    """Where a run would go on, in words."""
-    saved = checkpoints(out)
-    return f"the last whole checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
-
-
-def optimizer_state(model: VladVA, optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by parameter name, on the host."""
-    tensors = {}
-    for name, p in model.trained_parameters().items():
-        for kind, value in optimizer.state[p].items():
-            tensors[f"{name}.{kind}"] = value.detach().cpu().contiguous()
-    return tensors
-
-
 def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
     """Put the last whole checkpoint of OUT into model and optimizer; returns its step, or 0."""
-    saved = checkpoints(out)
-    if not saved:
+    if not checkpoints(out):
         return 0
-    model.load_adapter_state(read_adapter(saved[-1])[0], saved[-1])
+    folder = checkpoints(out)[-1]
+    model.load_adapter_state(read_adapter(folder)[0], folder)
     parameters = model.trained_parameters()
-    with open_safetensors(saved[-1] / "optimizer.safetensors") as file:
+    with open_safetensors(folder / "optimizer.safetensors") as file:
         for key in file.keys():
             name, kind = key.rsplit(".", 1)
-            value = file.get_tensor(key)
-            p = parameters[name]
-            optimizer.state[p][kind] = value.to(p.device)
-    return int(saved[-1].name.removeprefix("step-"))
+            value = file.get_tensor(key).to(parameters[name].device)
+            optimizer.state[parameters[name]][kind] = value
+    return int(folder.name.removeprefix("step-"))
 
 
-def check_finite(values: dict[str, float], step: int, where: list[str], out: Path) -> None:
-    """ValueError when a loss or the gradient norm is not finite; names the rows."""
-    if all(map(math.isfinite, values.values())):
+def check_finite(line: dict, where: list[str], out: Path) -> None:
+    """ValueError when the loss or the gradient norm of a step is not finite; names its rows."""
+    if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
         return
-    loss, norm = values["loss"], values["grad_norm"]
+    values = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
     rows = f"{', '.join(where[:8])}{' ...' if len(where) > 8 else ''}"
-    raise ValueError(
-        f"step {step}: loss {loss} or gradient norm {norm} is not finite; rows {rows}; "
-        f"{last_checkpoint(out)}: lower --lr, or use --dtype float32"
-    )
+    last = f"the last whole checkpoint is {checkpoints(out)[-1:]}"
+    hint = "lower --lr, or use --dtype float32"
+    raise ValueError(f"step {line['step']}: {values}; rows {rows}; {last}: {hint}")
 
 
-# ------------------------------------------------------------------------------ start and end
+# ------------------------------------------------------------------------------- start and end
 
 
 def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows):
@@ -550,11 +462,6 @@ def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows):
     return pairs, HeldOutPairs(pairs.hold_out(count, bad_rows))
 
 
-def measure(model: VladVA, held_out) -> Measured | None:
-    """Scores of what is held out, adapters as they are; None when fewer than 2 rows are."""
-    return held_out.measure(model) if len(held_out) >= 2 else None
-
-
 def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
@@ -566,24 +473,27 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
     steps = 140 if config.data == "scenes" else max(140, steps_per_epoch)
     if config.epochs is not None:
         steps = max(1, round(config.epochs * steps_per_epoch))
+    lr = 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size if config.lr is None else config.lr
     defaults = {
         "out": f"runs/{Path(config.model).name}",
         "steps": steps,
         "micro_batch_size": min(-(-batch_size // world_size), 8 if cuda else 16),
-        "gradient_caching": is_large(model),
+        "gradient_caching": sum(p.numel() for p in model.parameters()) > 100e6,
         "gradient_checkpointing": cuda,
-        "lr": 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size,
+        "lr": lr,
+        "soft_prompt_lr": 4 * lr,
+        "loss_lr": lr,
         "num_workers": 8 if cuda else 0,
     }
-    lr = config.lr if config.lr is not None else defaults["lr"]
-    defaults |= {"soft_prompt_lr": 4 * lr, "loss_lr": lr}
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     dtype = str(model.lvlm.dtype).removeprefix("torch.")
-    device = str(model.lvlm.device)
-    return replace(config, batch_size=batch_size, device=device, dtype=dtype, **unset)
+    return replace(
+        config, batch_size=batch_size, device=str(model.lvlm.device), dtype=dtype, **unset
+    )
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
+MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
 
 
 def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
@@ -593,16 +503,13 @@ def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
         raise ValueError(
             f"{out} holds another run: --resume it, choose another --out, or delete it"
         )
-    barrier()  # all have looked before the first one writes
+    data.barrier()  # all have looked before the first one writes
     if rank_and_world_size()[0] == 0 and not resume:
         out.mkdir(parents=True, exist_ok=True)
         run = {"train": dataclasses.asdict(config), "method": dataclasses.asdict(method)}
         write_json(out / "config.json", run | {"torch": torch.__version__})
-    barrier()
+    data.barrier()
     return out
-
-
-MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
 
 
 def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
@@ -623,51 +530,39 @@ def announce(config: TrainConfig, model: VladVA, rows) -> None:
     """Say what is about to run: the counts and the resolved config."""
     trained = sum(p.numel() for p in model.trained_parameters().values())
     total = sum(p.numel() for p in model.parameters())
-    frozen = total - trained
-    say(f"{config.model}: {trained:,} parameters trained + {frozen:,} frozen = {total:,}")
-    epochs = config.steps * config.batch_size / len(rows)
+    say(f"{config.model}: {trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
+    passes = config.steps * config.batch_size / len(rows)
     say(
-        f"{config.steps:,} steps of {config.batch_size} pairs: {epochs:.2f} passes over {len(rows):,} rows"
+        f"{config.steps:,} steps of {config.batch_size}: {passes:.2f} passes over {len(rows):,} rows"
     )
     settings = dataclasses.asdict(config) | dataclasses.asdict(model.config)
     say("  ".join(f"{name}={value!r}" for name, value in settings.items()))
 
 
-def speed(micro_batches: list[TrainingBatch], seconds: float, device) -> dict:
+def speed(micro_batches: list[data.TrainingBatch], seconds: float, device) -> dict:
     """Seconds, images and tokens per second of this process, and its peak memory in bytes."""
     images = sum(len(part.pixels) for part in micro_batches if part.pixels is not None)
     tokens = sum(part.num_tokens for part in micro_batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     rates = {"images_per_s": images / seconds, "tokens_per_s": tokens / seconds}
     return {"step_s": seconds} | rates | {"peak_bytes": peak}
 
 
-def hide_bar() -> bool | None:
-    """Progress bars are for the first process, in a terminal."""
-    return True if rank_and_world_size()[0] else None
-
-
 def report(out: Path, held_out, before: Measured | None, after: Measured | None) -> dict:
     """Print the table before / after; write scores.json and report.png."""
-    if before is None:
-        say(f"written: {out}/adapter.safetensors; nothing was held out, so nothing was measured")
-        return {}
-    columns = {"before": before, "after": after}
     scores = {}
-    for name, measured in columns.items():
-        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
-    if rank_and_world_size()[0] == 0:
-        say(score_table(columns, held_out.chance))
-        write_json(out / "scores.json", scores)
+    if before is not None:
+        for name, measured in (("before", before), ("after", after)):
+            scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
+    if rank_and_world_size()[0] == 0 and scores:
         from extras.plots import draw_report
 
+        write_json(out / "scores.json", scores)
+        say(score_table({"before": before, "after": after}, held_out.chance))
         draw_report(out, held_out, before, after)
-        say(
-            f"written: {out}/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png"
-        )
+    say(f"written: {out}/adapter.safetensors{', scores.json, report.png' if scores else ''}")
     return scores
 
 
@@ -676,19 +571,19 @@ def report(out: Path, held_out, before: Measured | None, after: Measured | None)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description="Adapt an LVLM (VladVA).")
-    data.add_config_flags(parser, TrainConfig, HELP)
-    data.add_config_flags(parser, VladVAConfig, METHOD_HELP)
+    data.add_config_flags(parser, TrainConfig)
+    data.add_config_flags(parser, VladVAConfig)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return parser
 
 
 def configs_from_flags(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     """(TrainConfig, VladVAConfig) with the flags that were used."""
-    configs = []
-    for cls in (TrainConfig, VladVAConfig):
-        names = [f.name for f in dataclasses.fields(cls)]
-        configs.append(cls(**{name: flags[name] for name in names if name in flags}))
-    return configs[0], configs[1]
+    method_fields = {f.name for f in dataclasses.fields(VladVAConfig)}
+    method = {name: value for name, value in flags.items() if name in method_fields}
+    return TrainConfig(**{k: v for k, v in flags.items() if k not in method}), VladVAConfig(
+        **method
+    )
 
 
 @data.command

@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+from data import flag
 from lora import attach_lora, lora_disabled, lora_layers
 from model import DTYPES, LVLM, check_shapes, from_json, generate, load_lvlm, open_safetensors
 
@@ -131,42 +132,33 @@ LOSSES = {"vladva": EmbeddingLoss(image_text_loss, parameters=temperature_parame
 
 @dataclass(frozen=True)
 class VladVAConfig:
-    """What the method depends on; stored in every adapter file."""
+    """What the method depends on; stored in every adapter file. A field with a help text is a flag."""
 
-    loss: str = "vladva"  # an entry of LOSSES
+    loss: str = flag("vladva", "an entry of vladva.LOSSES")
     image_prompt: str = "Summarize the provided image in one word:"  # paper Sec. 5.1
     text_prompt: str = "Summarize the provided text in one word:"  # paper Sec. 5.1
     image_template: str = "USER: {prompt} <image>\nASSISTANT:"  # paper Sec. 3.2.3
     text_template: str = "USER: {prompt} {caption}\nASSISTANT:"  # paper Sec. 3.2.3
     detail_prompt: str = "Describe the image in detail."  # paper Sec. 3.2.3
-    soft_prompts: bool = True  # paper Sec. 3.3
-    lora: bool = True  # paper Sec. 3.3
-    lora_rank: int = 16  # second-hand notes on the paper
+    soft_prompts: bool = flag(True, "train soft prompts for the hand prompts")  # paper Sec. 3.3
+    lora: bool = flag(True, "train LoRA on the decoder's linear layers")  # paper Sec. 3.3
+    lora_rank: int = flag(16, "rank of LoRA", low=1)  # second-hand notes on the paper
     lora_alpha: float = 16.0  # second-hand notes on the paper
-    temperature: float = 0.05  # ours: Eq. 1 prints none; E5-V uses 0.05
-    learn_temperature: bool = False  # ours; clamped to 0.01 .. 1
-    next_token_weight: float = 1.0  # ours: the paper's text reads as a plain sum
-    image_mode: str = "crop"  # ours: "crop" as llava-hf's processor, "pad" as the original LLaVA
+    # ours: Eq. 1 prints no temperature; E5-V uses 0.05. A learned one is clamped to 0.01 .. 1
+    temperature: float = flag(0.05, "tau of Eq. 1, 0.01 to 1", low=0.01, high=1.0)
+    learn_temperature: bool = flag(False, "train tau as well")
+    next_token_weight: float = flag(1.0, "weight of Eq. 2", low=0)  # the paper reads as a plain sum
+    image_mode: str = flag("crop", "crop images, or pad them to a square")  # "pad": original LLaVA
     min_pixels: int | None = None  # of an image, Qwen2-VL only; None: as the model's folder says
     max_pixels: int | None = None
 
     def __post_init__(self):
-        fields = {
-            "image_template": ("{prompt}", "<image>"),
-            "text_template": ("{prompt}", "{caption}"),
-        }
-        for name, wanted in fields.items():
+        data.check_bounds(self)
+        fields = {"image_template": "{prompt} <image>", "text_template": "{prompt} {caption}"}
+        for name, parts in fields.items():
             template = getattr(self, name)
-            if any(template.count(part) != 1 for part in wanted):
-                raise ValueError(
-                    f"{name} is {template!r}: wanted {' and '.join(wanted)}, once each"
-                )
-        if not 0.01 <= self.temperature <= 1:
-            raise ValueError(f"temperature is {self.temperature}: wanted 0.01 to 1")
-        if self.lora_rank < 1:
-            raise ValueError(f"LoRA rank is {self.lora_rank}: at least 1 is needed")
-        if not 0 <= self.next_token_weight < math.inf:
-            raise ValueError(f"next-token weight is {self.next_token_weight}: wanted 0 or more")
+            if any(template.count(part) != 1 for part in parts.split()):
+                raise ValueError(f"{name} is {template!r}: wanted {parts}, once each")
         if not (self.lora or self.soft_prompts):
             raise ValueError("neither LoRA nor soft prompts: there would be nothing to train")
 
@@ -300,45 +292,40 @@ class VladVA(nn.Module):
 
     # ------------------------------------------------------------------ templates and batches
 
-    def sequence(
-        self, template, prompt, caption="", long_caption=None, grid=None
-    ) -> data.TokenSequence:
-        """Tokenise a template; a long caption continues it after the summary token, with its question.
+    def sequence(self, template, prompt, caption="", long_caption=None, grid=None):
+        """TokenSequence of a template; a long caption follows its summary token, behind its question.
 
         grid: (rows, columns) of image tokens; None: those of a square image.
         """
         lvlm_config = self.lvlm.config
-        prefix, prompt_char = data.fill_template(
-            lvlm_config.apply_chat_template(template), prompt, caption
-        )
+        grid = grid or lvlm_config.image_grid()
+        # the text: one image token for each of the image's, then prompt and captions filled in
+        image_tokens = lvlm_config.image_token * math.prod(grid)
+        template = lvlm_config.apply_chat_template(template)
+        template = template.replace(lvlm_config.image_token, image_tokens)
+        prefix, prompt_char = data.fill_template(template, prompt, caption)
         text = prefix
         if long_caption is not None:
-            detail_template = lvlm_config.apply_chat_template(DETAIL_TEMPLATE)
-            text += data.fill_template(detail_template, self.config.detail_prompt, long_caption)[0]
+            template = lvlm_config.apply_chat_template(DETAIL_TEMPLATE)
+            text += data.fill_template(template, self.config.detail_prompt, long_caption)[0]
+        # its tokens, and where the parts are among them
         encoding = self.tokenizer.encode(text)
-        spans = data.find_spans(encoding, prefix, prompt_char, prompt)
-        sequence = data.TokenSequence(list(encoding.ids), *spans)
+        input_ids = list(encoding.ids)
+        spans = data.find_spans(encoding.offsets, prefix, prompt, prompt_char)
+        caption_start = None
         if long_caption is not None:
             question = text[: -len(long_caption)].rstrip(" ")
-            caption_start = next(
-                i for i, (_, end) in enumerate(encoding.offsets) if end > len(question)
-            )
-            input_ids = sequence.input_ids + [lvlm_config.eos_token_id]
-            sequence = replace(sequence, input_ids=input_ids, caption_start=caption_start)
-        if lvlm_config.image_token_id in sequence.input_ids:
-            grid = grid or lvlm_config.image_grid()
-            sequence = data.expand_image_token(
-                sequence, lvlm_config.image_token_id, math.prod(grid)
-            )
-            position_ids = lvlm_config.position_ids(sequence.input_ids, grid)
-            sequence = replace(sequence, position_ids=position_ids)
+            caption_start = sum(end <= len(question) for _, end in encoding.offsets)
+            input_ids.append(lvlm_config.eos_token_id)
         limit = lvlm_config.decoder.max_position_embeddings
-        if len(sequence.input_ids) > limit:
-            count = len(sequence.input_ids)
+        if len(input_ids) > limit:
             raise ValueError(
-                f"{count} tokens exceed {limit} positions: {(caption or text)[:60]!r}..."
+                f"{len(input_ids)} tokens exceed {limit}: {(caption or text)[:60]!r}..."
             )
-        return sequence
+        position_ids = None
+        if lvlm_config.image_token in prefix:
+            position_ids = lvlm_config.position_ids(input_ids, grid)
+        return data.TokenSequence(input_ids, *spans, caption_start, position_ids)
 
     def image_sequence(self, long_caption: str | None = None, grid=None) -> data.TokenSequence:
         """Template for the image modality, with what Eq. 2 is computed on if there is a caption."""
@@ -365,7 +352,8 @@ class VladVA(nn.Module):
         return self.collate([self.text_sequence(text) for text in texts])
 
     def collate(self, sequences: list[data.TokenSequence]) -> data.Batch:
-        return data.collate(sequences, self.tokenizer.pad_token_id)
+        image_token_id = self.lvlm.config.image_token_id
+        return data.collate(sequences, self.tokenizer.pad_token_id, image_token_id)
 
     def training_batch(self, rows: list[dict]) -> data.TrainingBatch:
         """Rows -> data.TrainingBatch on the host, with what the losses take of them.
