@@ -23,6 +23,7 @@ import struct
 import sys
 import typing
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from model import DTYPES, LVLMConfig, check_supported, read_json, shard_files
 
@@ -58,25 +60,21 @@ def model_folder(name: str | Path) -> Path:
     if Path(repo).is_dir():
         return Path(repo)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
-        raise ValueError(
-            f"no model folder {repo!r}: give {', '.join(MODELS)}, a hub id or a folder"
-        )
+        raise ValueError(f"no model {repo!r}: give {', '.join(MODELS)}, a hub id or a folder")
     files = ["*.safetensors", "*.json"]  # no pickles
     try:
         folder = Path(snapshot_download(repo, allow_patterns=files, local_files_only=True))
-        read_json(folder / "config.json")
-        shard_files(folder)
-        return folder
+        if (folder / "config.json").exists() and shard_files(folder):
+            return folder
     except (LocalEntryNotFoundError, HFValidationError, ValueError):
-        say(f"{repo} is not in the cache {constants.HF_HUB_CACHE}: fetching it")
+        pass  # not in the cache, or not all of it
+    say(f"{repo} is not whole in {constants.HF_HUB_CACHE}: fetching it from {constants.ENDPOINT}")
     try:
         return Path(snapshot_download(repo, allow_patterns=files))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().split("\n")[0][:150]
-        raise ValueError(
-            f"{repo}: no such folder, not in the cache, and {constants.ENDPOINT} gave "
-            f"{type(error).__name__} ({reason}); with the files on this disk: --model FOLDER"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error).strip()[:150]}"
+        hint = "with the files on this disk: --model FOLDER"
+        raise ValueError(f"{repo} could not be fetched ({reason}); {hint}") from None
 
 
 class Tokenizer:
@@ -89,21 +87,21 @@ class Tokenizer:
         self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
         added = self.inner.get_added_tokens_decoder().values()
         self.special_tokens = sorted(token.content for token in added if token.special)
-        image_token = self.inner.id_to_token(config.image_token_id)
-        eos_token = self.inner.id_to_token(config.eos_token_id)
-        if image_token != config.image_token or eos_token is None:
-            ids = f"{image_token!r} at {config.image_token_id}, {eos_token!r} at {config.eos_token_id}"
-            raise ValueError(f"{path} has {ids}: wanted {config.image_token!r} and an end token")
-        bos = config.bos_token_id
         ids = self.encode("a").ids
-        if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
-            raise ValueError(
-                f"{path} does not begin a text with the token {bos} that config.json names"
-            )
-        if max(self.inner.get_vocab().values()) >= config.decoder.vocab_size:
-            raise ValueError(
-                f"{path} has ids beyond the {config.decoder.vocab_size} of config.json"
-            )
+        bos = config.bos_token_id
+        problems = {
+            f"no {config.image_token} at id {config.image_token_id}":
+                self.inner.id_to_token(config.image_token_id) != config.image_token,
+            f"no token at id {config.eos_token_id}, the end of a text":
+                self.inner.id_to_token(config.eos_token_id) is None,
+            f"not one token {bos} at the beginning of a text":
+                bos is not None and (ids[0] != bos or ids.count(bos) != 1),
+            f"ids beyond the {config.decoder.vocab_size} embeddings":
+                max(self.inner.get_vocab().values()) >= config.decoder.vocab_size,
+        }  # fmt: skip
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f"{path} does not belong to config.json: {problem}")
 
     def encode(self, text: str) -> tokenizers.Encoding:
         """`.ids`, beginning-of-sequence token included, and `.offsets` in characters."""
@@ -308,35 +306,28 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
-    """(file, preprocessing settings) of a model folder; transformers 5 keeps them in another file."""
+    """(file, preprocessing settings) of a model folder; transformers 5 writes the second file."""
     path = Path(folder) / "preprocessor_config.json"
-    if path.exists():
-        return path, read_json(path)
     newer = Path(folder) / "processor_config.json"
-    settings = read_json(newer).get("image_processor") if newer.exists() else None
-    if settings is None:
-        raise ValueError(f"{path} is missing, and {newer.name} beside it holds no image_processor")
-    return newer, settings
+    if path.exists() or not newer.exists():
+        return path, read_json(path)
+    return newer, read_json(newer).get("image_processor")
 
 
 class ImageProcessor:
     """CLIP's preprocessing, as LLaVA-1.5's preprocessor_config.json asks for it.
 
-    vladva_config.image_mode "crop": shortest edge to the tower's side, then its centre; "pad": first
-    padded to a square with the mean colour, so that nothing is cut off.
+    vladva_config.image_mode "crop": shortest edge to the tower's side, then its centre; "pad":
+    first padded to a square with the mean colour, so that nothing is cut off.
     """
 
     def __init__(self, folder: str | Path, lvlm_config: LVLMConfig, vladva_config):
         path, settings = read_image_settings(folder)
         side = lvlm_config.vision.image_size
-        supported = {
-            "size": ({"shortest_edge": side}, side),
-            "crop_size": ({"height": side, "width": side}, side),
-            "resample": (3,),
-            "rescale_factor": (1 / 255,),
-        }
-        for step in ("resize", "center_crop", "rescale", "normalize"):
-            supported[f"do_{step}"] = (True,)
+        supported = {"size": ({"shortest_edge": side}, side), "resample": (3,)}
+        supported |= {"crop_size": ({"height": side, "width": side}, side)}
+        supported |= {"rescale_factor": (1 / 255,), "do_resize": (True,), "do_rescale": (True,)}
+        supported |= {"do_center_crop": (True,), "do_normalize": (True,)}
         check_supported(settings, supported, str(path))
         if vladva_config.image_mode not in ("crop", "pad"):
             raise ValueError(f"image mode is {vladva_config.image_mode!r}: wanted 'crop' or 'pad'")
@@ -349,17 +340,14 @@ class ImageProcessor:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image -> the (side, side) image that the vision tower sees."""
-        side = self.side
         if self.mode == "pad":
-            red, green, blue = (int(mean * 255) for mean in self.mean)
-            image = pad_to_square(image, (red, green, blue))
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.mean))
         short, long = sorted(image.size)
-        edges = (side, int(side * long / short))
+        edges = (self.side, int(self.side * long / short))
         size = edges if image.width <= image.height else edges[::-1]
+        left, top = (size[0] - self.side) // 2, (size[1] - self.side) // 2
         image = image.resize(size, Image.Resampling.BICUBIC)
-        left = (image.width - side) // 2
-        top = (image.height - side) // 2
-        return image.crop((left, top, left + side, top + side))
+        return image.crop((left, top, left + self.side, top + self.side))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> (3, side, side) float32, normalised."""
@@ -368,14 +356,8 @@ class ImageProcessor:
 
 def normalize_pixels(image: Image.Image, mean: np.ndarray, std: np.ndarray) -> Tensor:
     """RGB image -> (3, height, width) float32: 0 .. 1, less the mean, over the deviation."""
-    pixels = np.asarray(image).astype(np.float64) / 255  # (height, width, 3)
-    pixels = (pixels - mean) / std
+    pixels = (np.asarray(image).astype(np.float64) / 255 - mean) / std  # (height, width, 3)
     return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())
-
-
-def open_image_processor(folder: str | Path, lvlm_config: LVLMConfig, vladva_config):
-    """The image processor of an architecture."""
-    return (lvlm_config.image_processor or ImageProcessor)(folder, lvlm_config, vladva_config)
 
 
 # ------------------------------------------------------------------------------- caption pairs
@@ -388,9 +370,10 @@ SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)""")
 def truncate_caption(text: str, side: str, tokenizer: Tokenizer) -> str:
     """The caption, or its beginning where it has more tokens than MAX_CAPTION_TOKENS[side].
 
-    It ends with the last sentence that fits, or else with the last word.
+    It then ends with the last sentence that fits, or else with the last word. ValueError when the
+    tokenizer refuses it.
     """
-    encoding = tokenizer.inner.encode(text, add_special_tokens=False)
+    encoding = tokenizer.inner.encode(tokenizer.validate_text(text), add_special_tokens=False)
     limit = MAX_CAPTION_TOKENS[side]
     if len(encoding) <= limit:
         return text
@@ -415,22 +398,20 @@ def parse_row(line: str, where: str) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not a JSON object ({error})") from None
+    wanted = '{"image": "path", "short": caption or captions, "long": caption}'
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise BadRow(f'{where}: wanted {{"image": "path", "short": ...}}, got {line.strip()[:80]}')
+        raise BadRow(f"{where}: wanted {wanted}, got {line.strip()[:80]}")
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
     if unknown:
-        raise BadRow(f"{where}: unknown keys {unknown}; known are image, short, long, generated")
-    short = row.get("short") or []
-    if isinstance(short, str):
-        short = [short]
-    long = row.get("long")
-    captions = short if long is None else [*short, long]
-    if not isinstance(short, list) or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise BadRow(f"{where}: empty caption, or none; leave the key out instead")
-    generated = row.get("generated") or {}
-    if not isinstance(generated, dict):
+        raise BadRow(f"{where}: unknown keys {unknown}, wanted {wanted}")
+    short, long, generated = (row.get(key) for key in ("short", "long", "generated"))
+    short = [short] if isinstance(short, str) else short or []
+    captions = [*short, *([] if long is None else [long])] if isinstance(short, list) else [None]
+    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise BadRow(f"{where}: an empty caption, or something else: leave the key out instead")
+    if not isinstance(generated or {}, dict):
         raise BadRow(f"{where}: generated is {generated!r}, wanted an object")
-    return {"image": row["image"], "short": short, "long": long, "generated": generated}
+    return {"image": row["image"], "short": short, "long": long, "generated": generated or {}}
 
 
 def line_starts(path: Path, chunk: int = 1 << 22) -> np.ndarray:
@@ -475,23 +456,16 @@ class Pairs:
         if not row["short"] and row["long"] is None:
             raise BadRow(f"{where}: neither a short nor a long caption")
         try:
-            short = [self.truncate(caption, "short") for caption in row["short"]]
-            long = None if row["long"] is None else self.truncate(row["long"], "long")
+            short = [truncate_caption(text, "short", self.tokenizer) for text in row["short"]]
+            long = row["long"] and truncate_caption(row["long"], "long", self.tokenizer)
         except ValueError as error:
             raise BadRow(f"{where}: {error}") from None
-        truncated = (short, long) != (row["short"], row["long"])
-        image = self.path.parent / row["image"]
         return {
-            "image": image,
+            "image": self.path.parent / row["image"],
             "short": short,
             "long": long,
             "where": where,
-            "truncated": truncated,
         }
-
-    def truncate(self, caption: str, side: str) -> str:
-        self.tokenizer.validate_text(caption)
-        return truncate_caption(caption, side, self.tokenizer)
 
     def row(self, index: int, rng: random.Random) -> dict:
         """Row `index`, its image opened, with one of its short captions, which rng draws."""
@@ -509,19 +483,15 @@ class Pairs:
         """
         rows = {}
         order = np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count]
-        for tried, index in enumerate(order.tolist(), start=1):
+        for num_tried, index in enumerate(order.tolist(), start=1):
             if len(rows) == count:
                 break
             try:
-                self.row(index, random.Random(0))  # opens the image as well
-                row = self.parse(index)
-                if row["short"]:
-                    rows[index] = row
+                if self.row(index, random.Random(0))["short"]:  # opens the image as well
+                    rows[index] = self.parse(index)
             except BadRow as error:
                 bad_rows.add([str(error)])
-                reason = bad_rows.too_many(len(bad_rows.messages), tried)
-                if reason:
-                    raise ValueError(reason) from None
+                bad_rows.check(len(bad_rows.messages), num_tried)
         self.numbers = np.delete(self.numbers, list(rows))
         return list(rows.values())
 
@@ -539,28 +509,30 @@ class BadRows:
 
     def write_to(self, path: Path) -> None:
         """Keep the list in a file from now on."""
-        new = self.messages
-        self.path = path
-        self.messages = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        new, self.messages, self.path = self.messages, [], path
+        if path.exists():
+            self.messages = path.read_text(encoding="utf-8").splitlines()
         self.add(new)
 
     def add(self, messages: list[str]) -> None:
         """Take note of what was wrong with some rows."""
-        for message in messages:
-            message = " ".join(message.split())
-            if message in self.messages:
-                continue
-            self.messages.append(message)
-            print(f"left out: {message}", file=sys.stderr, flush=True)
-            if self.path is not None:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(message + "\n")
+        for message in (" ".join(message.split()) for message in messages):
+            if message not in self.messages:
+                self.messages.append(message)
+                print(f"left out: {message}", file=sys.stderr, flush=True)
+                if self.path is not None:
+                    with open(self.path, "a", encoding="utf-8") as file:
+                        file.write(message + "\n")
 
-    def too_many(self, num_bad: int, rows_seen: int) -> str | None:
-        """Why a run should end, or None. num_bad: how many there are, over all processes."""
-        if num_bad <= max(3, rows_seen / 100):
-            return None
-        return f"{num_bad} of {rows_seen} rows cannot be used; the last: {self.messages[-1:]}"
+    def too_many(self, num_bad: int, rows_seen: int) -> bool:
+        """Should the run end? num_bad: how many there are, over all processes."""
+        return num_bad > max(3, rows_seen / 100)
+
+    def check(self, num_bad: int, rows_seen: int) -> None:
+        """ValueError when there are too many."""
+        if self.too_many(num_bad, rows_seen):
+            last = "".join(self.messages[-1:])
+            raise ValueError(f"{num_bad} of {rows_seen} rows cannot be used; the last: {last}")
 
 
 # ------------------------------------------------------------------------- files and processes
@@ -665,16 +637,21 @@ def say(*words) -> None:
         print(*words, flush=True)
 
 
+def batches(items: Sequence, batch_size: int, title: str) -> Iterator[list]:
+    """The items in lists of batch_size, with a progress bar where there is more than one."""
+    starts = range(0, len(items), batch_size)
+    disable = None if len(starts) > 1 else True  # None: also where there is no terminal
+    for start in tqdm(starts, title, leave=False, disable=disable):
+        yield list(items[start : start + batch_size])
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
-    table = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0])]
-        for cell, width in zip(row[1:], widths[1:]):
-            cells.append(cell.rjust(width))
-        lines.append("  ".join(cells).rstrip())
+    for row in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

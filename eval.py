@@ -1,12 +1,12 @@
 """The paper's metrics and benchmarks: retrieval, SugarCrepe(++), Winoground, ImageNet.
 
-    python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine --json coco.json
+    python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine --json ours.json
     torchrun --nproc-per-node 8 eval.py --task coco --folder DIR ...  # encoding is shared out
-    python eval.py --task coco --folder DIR --embeddings clip.npz  # the same metrics for any system
-    python eval.py --task paper coco.json ...  # the paper's tables, with results of earlier runs
+    python eval.py --task coco --folder DIR --embeddings clip.npz  # the metrics of any system
+    python eval.py --task paper ours.json ...  # the paper's tables, with results of earlier runs
 
 Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS: docs/evaluation.md says
-which files each wants; docs/extending.md adds one.
+which files it wants; docs/extending.md adds one.
 
 Not here: the scenes of the embedded default (extras/scenes.py), figures (extras/studies.py).
 """
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 from data import all_gather_rows, all_reduce_sum, format_table, rank_and_world_size, say
 from model import read_json, write_json
-from vladva import VladVA, load_model, similarity
+from vladva import VladVA, load_model, next_token_loss, similarity
 
 # ------------------------------------------------------------------------- metrics, in percent
 
@@ -41,24 +41,24 @@ def percent(hits: Tensor) -> float:
 def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, block: int = 2048):
     """Rank of each text's image (B,), and of the best text of each image (A,); 0 is the best.
 
-    image_emb: (A, D); text_emb: (B, D); image_of_text: (B,) the image that each text belongs to. The
-    rank of a text's image is the number of other images that score at least as high for the text:
-    a tie counts against the model. That of an image's texts is the number of other images' texts
-    that score at least as high as the best of its own. Similarities exist for `block` texts at once.
+    image_emb: (A, D); text_emb: (B, D); image_of_text: (B,) the image that each text belongs to.
+    The rank of a text's image is the number of other images that score at least as high for the
+    text: a tie counts against the model. That of an image's texts is the number of other images'
+    texts that score at least as high as the best of its own. `block` texts are compared at once.
     """
     blocks = [slice(start, start + block) for start in range(0, len(text_emb), block)]
     image_ranks = []
-    best_own = torch.full((len(image_emb),), -torch.inf, dtype=image_emb.dtype)  # (A,)
+    best_score = torch.full((len(image_emb),), -torch.inf, dtype=image_emb.dtype)  # (A,)
     for texts in blocks:
         sim = similarity(image_emb, text_emb[texts])  # (A, block)
-        own = sim.gather(0, image_of_text[texts][None])[0]  # (block,)
-        image_ranks.append((sim >= own).sum(0) - 1)
-        best_own.scatter_reduce_(0, image_of_text[texts], own, "amax")
+        score = sim.gather(0, image_of_text[texts][None])[0]  # (block,), with its own image
+        image_ranks.append((sim >= score).sum(0) - 1)
+        best_score.scatter_reduce_(0, image_of_text[texts], score, "amax")
     text_ranks = torch.zeros(len(image_emb), dtype=torch.long)
     for texts in blocks:
         sim = similarity(image_emb, text_emb[texts])
         sim.scatter_(0, image_of_text[texts][None], -torch.inf)  # only texts of others count
-        text_ranks += (sim >= best_own[:, None]).sum(1)
+        text_ranks += (sim >= best_score[:, None]).sum(1)
     return torch.cat(image_ranks), text_ranks
 
 
@@ -81,13 +81,10 @@ def paraphrase_accuracy(image: Tensor, first: Tensor, second: Tensor, false: Ten
     ITT: the image is nearer to both true captions than to the false one. TOT: the true captions are
     nearer to each other than either is to the false one. Strictly.
     """
-
-    def sim(a, b):
-        return (a * b).sum(-1)
-
-    image_false, between = sim(image, false), sim(first, second)
-    itt = (sim(image, first) > image_false) & (sim(image, second) > image_false)
-    tot = (between > sim(first, false)) & (between > sim(second, false))
+    true_pair = (first * second).sum(-1)  # cosines, (n,)
+    to_false = (image * false).sum(-1)
+    itt = ((image * first).sum(-1) > to_false) & ((image * second).sum(-1) > to_false)
+    tot = (true_pair > (first * false).sum(-1)) & (true_pair > (second * false).sum(-1))
     return {"ITT": percent(itt), "TOT": percent(tot)}
 
 
@@ -129,10 +126,10 @@ class IndexedList(list):
         self.indices = {}
 
     def add(self, item) -> int:
-        if item not in self.indices:
-            self.indices[item] = len(self)
+        index = self.indices.setdefault(item, len(self))
+        if index == len(self):
             self.append(item)
-        return self.indices[item]
+        return index
 
 
 def retrieval(images: Sequence, captions: list[list[str]]) -> Benchmark:
@@ -158,24 +155,23 @@ def category_scores(items: dict, groups: dict, image_emb: Tensor, text_emb: Tens
     items: {category: [(image index, true text, false text) or (image index, true text, the same in
     other words, false text), ...]}; groups: {group: its categories}.
     """
-    scores = {}
+    parts = {}
     for category, rows in items.items():
         image, *texts = torch.tensor(rows).T
-        image, texts = image_emb[image], [text_emb[text] for text in texts]
+        embeddings = [image_emb[image], *(text_emb[text] for text in texts)]
         if len(texts) == 2:
-            true, false = ((image * text).sum(-1) for text in texts)
-            scores[category] = {"": negative_accuracy(true, false)}
+            true, false = ((embeddings[0] * text).sum(-1) for text in embeddings[1:])
+            parts[category] = {"": negative_accuracy(true, false)}
         else:
-            parts = paraphrase_accuracy(image, *texts)
-            scores[category] = {f" {name}": value for name, value in parts.items()}
+            accuracies = paraphrase_accuracy(*embeddings)
+            parts[category] = {f" {name}": value for name, value in accuracies.items()}
     for group, categories in groups.items():
-        members = [scores[category] for category in categories if category in scores]
-        if members:
-            means = {name: sum(m[name] for m in members) / len(members) for name in members[0]}
-            scores[group] = means
-    return {
-        f"{key}{name}": value for key, values in scores.items() for name, value in values.items()
-    }
+        members = [parts[category] for category in categories]
+        parts[group] = {name: sum(m[name] for m in members) / len(members) for name in members[0]}
+    scores = {}
+    for name, values in parts.items():
+        scores |= {f"{name}{suffix}": value for suffix, value in values.items()}
+    return scores
 
 
 class Folder:
@@ -246,23 +242,22 @@ def read_nocaps(folder: Folder, args) -> Benchmark:
     for index, row in enumerate(raw["images"]):
         images.append(folder.image(row["file_name"]))
         captions.append(captions_of[row["id"]][: args.captions or None])
-        domains.setdefault(row["domain"].split("-")[0], []).append(index)  # in, near, out
+        domains.setdefault(row["domain"].split("-")[0], []).append(index)
     if sorted(domains) != ["in", "near", "out"]:
         folder.refuse(f"domains {sorted(domains)}, wanted in, near and out")
     whole = retrieval(images, captions)
 
     def score(image_emb, text_emb):
-        scores, by_domain = {}, []
         texts = text_emb.split([len(captions_of_image) for captions_of_image in captions])
+        scores, by_domain = {}, []
         for domain, indices in domains.items():
             part = retrieval(indices, [captions[i] for i in indices])
-            part_scores = part.score(image_emb[indices], torch.cat([texts[i] for i in indices]))
-            by_domain.append(part_scores)
-            scores |= {f"{domain}-domain {name}": value for name, value in part_scores.items()}
-        for name in by_domain[0]:
-            scores[name] = sum(part_scores[name] for part_scores in by_domain) / 3
-        whole_scores = whole.score(image_emb, text_emb)
-        return scores | {f"whole gallery {name}": value for name, value in whole_scores.items()}
+            by_domain.append(part.score(image_emb[indices], torch.cat([texts[i] for i in indices])))
+            scores |= {f"{domain}-domain {name}": value for name, value in by_domain[-1].items()}
+        for name, value in whole.score(image_emb, text_emb).items():
+            scores[name] = sum(part_scores[name] for part_scores in by_domain) / len(by_domain)
+            scores[f"whole gallery {name}"] = value
+        return scores
 
     counts = {f"{domain}-domain": len(indices) for domain, indices in domains.items()}
     return Benchmark(images, whole.texts, score, whole.counts | counts)
@@ -311,29 +306,18 @@ def read_winoground(folder: Folder, args) -> Benchmark:
     return Benchmark(images, texts, score, {"items": len(images) // 2})
 
 
-SEVEN_TEMPLATES = (  # CLIP's short list
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
-
-
 def read_imagenet(folder: Folder, args) -> Benchmark:
     """Zero-shot classification of val/; class names in the order of the sorted WordNet ids."""
     classes = read_json(args.classes)
     names, templates = classes["classnames"], classes["templates"]
-    templates = {"one": ["a photo of a {}."], "seven": SEVEN_TEMPLATES, "all": templates}
-    templates = templates[args.templates]
+    if args.templates == "one":
+        templates = ["a photo of a {}."]
     root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    if len(folders) != len(names):
-        folder.refuse(f"{len(folders)} class folders, but {args.classes} names {len(names)}")
+    class_folders = sorted(path for path in root.iterdir() if path.is_dir())
+    if len(class_folders) != len(names):
+        folder.refuse(f"{len(class_folders)} class folders, but {args.classes} names {len(names)}")
     images, labels = [], []
-    for label, class_folder in enumerate(folders):
+    for label, class_folder in enumerate(class_folders):
         for path in sorted(class_folder.iterdir()):
             images.append(path)
             labels.append(label)
@@ -402,13 +386,12 @@ def load_embeddings(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as .npz ({error})") from None
     embeddings = []
-    for kind, wanted in (("image", image_names(benchmark)), ("text", benchmark.texts)):
-        emb = arrays.get(f"{kind}_emb")
-        if emb is None or emb.ndim != 2 or len(emb) != len(wanted) or not np.isfinite(emb).all():
-            shape = "missing" if emb is None else f"of shape {emb.shape}"
-            rows = f"({len(wanted)}, D) finite numbers, a row for each {kind} of the benchmark"
-            raise ValueError(f"{path}: {kind}_emb is {shape}, wanted {rows}")
-        if f"{kind}s" in arrays and arrays[f"{kind}s"].tolist() != wanted:
+    for kind, names in (("image", image_names(benchmark)), ("text", benchmark.texts)):
+        emb = arrays.get(f"{kind}_emb", np.empty(0))
+        if emb.ndim != 2 or len(emb) != len(names) or not np.isfinite(emb).all():
+            wanted = f"({len(names)}, D) finite numbers, a row for each {kind} of the benchmark"
+            raise ValueError(f"{path}: {kind}_emb has shape {emb.shape}, wanted {wanted}")
+        if f"{kind}s" in arrays and arrays[f"{kind}s"].tolist() != names:
             raise ValueError(f"{path}: its {kind}s are not the benchmark's, or in another order")
         embeddings.append(F.normalize(torch.from_numpy(emb).float(), dim=-1))
     return embeddings[0], embeddings[1]
@@ -450,7 +433,8 @@ def mean_caption_loss(model: VladVA, images: Sequence, captions: list[str], batc
         pixels, batch = model.image_batch(opened, [captions[i] for i in part])
         pixels, batch = pixels.to(model.lvlm.device), batch.to(model.lvlm.device)
         _, caption_states = model.hidden_states(batch, "image", pixels)
-        loss = model.caption_loss(caption_states, batch.caption_targets, total=1)
+        head_weight = model.lvlm.lm_head.weight
+        loss = next_token_loss(caption_states, batch.caption_targets, head_weight, total=1)
         total += torch.tensor([loss.item(), len(batch.caption_targets)])
     loss, tokens = all_reduce_sum(total.to(model.lvlm.device)).tolist()
     return loss / tokens
@@ -458,8 +442,6 @@ def mean_caption_loss(model: VladVA, images: Sequence, captions: list[str], batc
 
 class HeldOutPairs:
     """Rows of a pairs file as a retrieval benchmark: image i and its first short caption."""
-
-    num_long_captions = 300  # of which Eq. 2 is measured
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
@@ -473,17 +455,15 @@ class HeldOutPairs:
 
     def measure(self, model: VladVA) -> Measured:
         images = [row["image"] for row in self.rows]
-        benchmark = retrieval(images, [[self.caption(i)] for i in range(len(self.rows))])
+        benchmark = retrieval(images, [row["short"][:1] for row in self.rows])
         image_emb, text_emb = embed_benchmark(model, benchmark)
-        described = [row for row in self.rows if row["long"]][: self.num_long_captions]
-        caption_loss = None
-        if described:
-            images, captions = zip(*((row["image"], row["long"]) for row in described))
-            caption_loss = mean_caption_loss(model, images, captions)
-        sim = similarity(image_emb, text_emb)
-        return Measured(benchmark.score(image_emb, text_emb), sim, caption_loss)
+        described = [row for row in self.rows if row["long"]][:300]
+        images, captions = ([row[key] for row in described] for key in ("image", "long"))
+        caption_loss = mean_caption_loss(model, images, captions) if described else None
+        scores = benchmark.score(image_emb, text_emb)
+        return Measured(scores, similarity(image_emb, text_emb), caption_loss)
 
-    def image(self, index: int):
+    def image(self, index: int) -> Path:
         return self.rows[index]["image"]
 
     def caption(self, index: int) -> str:
@@ -498,23 +478,15 @@ def score_table(columns: dict[str, Measured], chance: dict[str, float]) -> str:
         rows.append([name.replace("_", " "), f"{by_chance:.1f}", *values])
     losses = [measured.caption_loss for measured in columns.values()]
     if None not in losses:
-        rows.append(["long captions, nats a token", "", *(f"{loss:.3f}" for loss in losses)])
+        rows.append(["long captions, nats a token", "", *map("{:.3f}".format, losses)])
     return format_table(["percent", "chance", *columns], rows)
 
 
 # --------------------------------------------------------------------------- the paper's tables
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-PAPER_NAMES = {
-    "llava-1.5-7b": "LLaVA-1.5-7B",
-    "llava-1.5-13b": "LLaVA-1.5-13B",
-    "qwen2-vl-2b": "Qwen2-VL-2B",
-}
-
-
-def paper_tables() -> dict:
-    """{task: {"table": its name, "rows": [{"model": ..., "scores": {...}}, ...]}}."""
-    return read_json(ASSETS / "paper.json")["tasks"]
+PAPER_NAMES = {"llava-1.5-7b": "LLaVA-1.5-7B", "llava-1.5-13b": "LLaVA-1.5-13B"}
+PAPER_NAMES |= {"qwen2-vl-2b": "Qwen2-VL-2B"}
 
 
 def paper_name(model: str, adapter: str | None) -> str | None:
@@ -524,86 +496,68 @@ def paper_name(model: str, adapter: str | None) -> str | None:
     return f"VladVA ({name})" if name and adapter else name
 
 
-def paper_scores(task: str, name: str | None) -> dict:
-    """Scores of a row of the paper's table; {} when the paper has no such table or row."""
-    for row in paper_tables().get(task, {"rows": []})["rows"]:
-        if row["model"] == name:
-            return row["scores"]
-    return {}
+def paper_tables() -> dict[str, dict[str, dict]]:
+    """{task: {row of the paper's table: {score: percent, or None where it could not be read}}}."""
+    tables = {}
+    for task, table in read_json(ASSETS / "paper.json")["tasks"].items():
+        tables[task] = {row["model"]: row["scores"] for row in table["rows"]}
+    return tables
 
 
 def format_score(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.1f}"
 
 
-def difference(ours: float | None, printed: float | None) -> float | None:
-    return None if ours is None or printed is None else ours - printed
-
-
-def comparison_table(task: str, scores: dict, printed: dict, name: str | None) -> str:
-    """Ours, the paper's, and their difference; what was not run or not printed says so."""
+def comparison_table(task: str, scores: dict, name: str | None) -> str:
+    """Ours, the paper's row of that name, and the difference; what is missing on a side is "-"."""
+    printed = paper_tables().get(task, {}).get(name, {})
     rows = []
     for key in scores | printed:
         ours, theirs = scores.get(key), printed.get(key)
-        apart = format_score(difference(ours, theirs), "+")
-        row = [key.replace("_", " "), format_score(ours), format_score(theirs), apart]
-        rows.append(row)
-    return format_table([task, "ours", f"paper: {name or 'no such row'}", "difference"], rows)
+        both = None if ours is None or theirs is None else ours - theirs
+        values = [format_score(ours), format_score(theirs), format_score(both, "+")]
+        rows.append([key.replace("_", " "), *values])
+    column = f"paper: {name}" if printed else "paper: no such row"
+    return format_table([task, "ours", column, "difference"], rows)
 
 
-def print_paper(results: list[str]) -> None:
-    """The paper's tables, a row a model, with results of earlier runs (--json files) below theirs."""
-    ours = {}
-    for result in map(read_json, results):
-        ours[result.get("task"), result.get("paper_row")] = result.get("scores", {})
+def print_paper(files: list[str]) -> None:
+    """The paper's tables, each with the results of earlier runs (--json files) behind it."""
+    results = [read_json(file) for file in files]
     for task, table in paper_tables().items():
-        keys = list(table["rows"][0]["scores"])
+        ours = {
+            result["paper_row"]: result["scores"] for result in results if result["task"] == task
+        }
+        keys = list(next(iter(table.values())))
         rows = []
-        for row in table["rows"]:
-            printed, scores = row["scores"], ours.get((task, row["model"]))
-            state = "not run" if scores is None else "below"
-            rows.append([row["model"], *(format_score(printed.get(key)) for key in keys), state])
-            if scores is not None:
-                apart = [difference(scores.get(key), printed.get(key)) for key in keys]
-                rows.append(["  ours", *(format_score(scores.get(key)) for key in keys), ""])
-                rows.append(["  difference", *(format_score(value, "+") for value in apart), ""])
-        header = ["", *(key.replace("_", " ") for key in keys), "ours"]
-        say(f"\n{table['table']}: {task}\n{format_table(header, rows)}")
+        for name, printed in table.items():
+            state = "below" if name in ours else "not run"
+            rows.append([name, *(format_score(printed.get(key)) for key in keys), state])
+        say("\n" + format_table([task, *(key.replace("_", " ") for key in keys), "ours"], rows))
+        for name, scores in ours.items():
+            say("\n" + comparison_table(task, scores, name))
 
 
 # -------------------------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description="Benchmarks of a model, or of stored embeddings."
-    )
-    parser.add_argument(
-        "results", nargs="*", metavar="RESULT.json", help="with --task paper: earlier"
-    )
-    parser.add_argument("--task", required=True, choices=[*BENCHMARKS, "paper"], help="benchmark")
-    parser.add_argument("--folder", default=".", help="its files, as published (default: .)")
+    about = "Benchmarks of a model, or of stored embeddings."
+    parser = argparse.ArgumentParser(prog="eval.py", description=about)
+    add = parser.add_argument
+    add("files", nargs="*", metavar="RESULT.json", help="results of earlier runs, for --task paper")
+    add("--task", required=True, choices=[*BENCHMARKS, "paper"], help="which benchmark")
+    add("--folder", default=".", help="its files, as they are published (default: .)")
     data.add_model_flags(parser)
-    parser.add_argument("--embeddings", metavar="FILE.npz", help="score these instead of a model's")
-    parser.add_argument("--save-embeddings", metavar="FILE.npz", help="also write the embeddings")
-    parser.add_argument("--json", metavar="FILE", help="also write the scores")
-    parser.add_argument(
-        "--row", help="row of the paper's table to compare with (default: its model's)"
-    )
-    parser.add_argument(
-        "--captions", type=int, default=5, help="of an image, at most (default: 5; 0: all)"
-    )
-    parser.add_argument(
-        "--strip-period", action="store_true", help="drop captions' final full stops"
-    )
-    parser.add_argument(
-        "--templates",
-        choices=("one", "seven", "all"),
-        default="one",
-        help="ImageNet's prompts a class (default: one)",
-    )
+    add("--embeddings", metavar="FILE.npz", help="score these (default: those of the model)")
+    add("--save-embeddings", metavar="FILE.npz", help="also write the embeddings (default: no)")
+    add("--json", metavar="FILE", help="also write the scores (default: no)")
+    add("--row", help="row of the paper's table to compare with (default: that of the model)")
+    add("--captions", type=int, default=5, help="of an image, at most; 0: all (default: 5)")
+    add("--strip-period", action="store_true", help="drop the full stops that captions end with")
+    add("--templates", choices=("one", "all"), default="one", help="of ImageNet (default: one)")
     classes = ASSETS / "imagenet" / "openai_imagenet_prompts.json"
-    parser.add_argument("--classes", default=str(classes), help="ImageNet's names and templates")
+    add("--classes", default=str(classes), help="ImageNet's names and templates (default: CLIP's)")
     return parser
 
 
@@ -611,10 +565,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> dict | None:
     args = build_parser().parse_args(argv)
     if args.task == "paper":
-        return print_paper(args.results)
+        return print_paper(args.files)
     name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
-    printed = paper_scores(args.task, name)
-    if args.row and not printed:
+    if args.row and args.row not in paper_tables().get(args.task, {}):
         raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
     benchmark = read_benchmark(args)
     if args.embeddings:
@@ -622,10 +575,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     else:
         image_emb, text_emb = embed_benchmark(load_model(args), benchmark)
     scores = benchmark.score(image_emb, text_emb)
-    say(comparison_table(args.task, scores, printed, name if printed else None))
+    say(comparison_table(args.task, scores, name))
     say(", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items()))
-    about = {"task": args.task, "model": args.model, "adapter": args.adapter}
-    results = about | {"scores": scores, "counts": benchmark.counts, "paper_row": name}
+    results = {"task": args.task, "model": args.model, "adapter": args.adapter, "paper_row": name}
+    results |= {"scores": scores, "counts": benchmark.counts}
     if rank_and_world_size()[0] == 0:
         if args.save_embeddings:
             save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)

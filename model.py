@@ -4,8 +4,6 @@
     lvlm = load_lvlm("assets/tiny")  # a folder in the layout of llava-hf/llava-1.5-7b-hf
     hidden_states = lvlm.decoder(lvlm.embed(input_ids))  # (B, T, D), after the final norm
 
-In this order: configuration, vision tower, projector, decoder, generation, loading weights.
-
 Not here: prompts, embeddings and losses (vladva.py); tokenizer and images (data.py); adapters
 (lora.py); other architectures (extras/qwen2_vl.py); dropout, which LLaVA-1.5 does not have.
 
@@ -52,21 +50,23 @@ def write_json(path: str | Path, value) -> None:
 
 
 def from_json(cls, raw, where: str, ignore_unknown: bool = False):
-    """A dataclass from a JSON object. ValueError names a field that is unknown or of another type."""
+    """A dataclass from a JSON object; ValueError names an unknown field, or one of another type."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
-    types = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    unknown = sorted(raw.keys() - set(names))
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    unknown = sorted(raw.keys() - types.keys())
     if unknown and not ignore_unknown:
-        raise ValueError(f"{where} has unknown fields {unknown}; known are {names}")
-    values = {name: raw[name] for name in names if name in raw}
+        raise ValueError(f"{where} has unknown fields {unknown}; known are {', '.join(types)}")
+    values = {name: raw[name] for name in types if name in raw}
     for name, value in values.items():
         allowed = typing.get_args(types[name]) or (types[name],)
-        number = type(value) is int and float in allowed
-        if type(value) not in allowed and not number:
-            kinds = " or ".join(kind.__name__ for kind in allowed)
-            raise ValueError(f"{where}: {name} is {value!r}, wanted {kinds}")
+        number = type(value) is int and float in allowed  # JSON writes 1.0 as 1 at times
+        if (
+            not isinstance(value, allowed)
+            and not number
+            or isinstance(value, bool) > (bool in allowed)
+        ):
+            raise ValueError(f"{where}: {name} is {value!r}, wanted {types[name]}")
     return cls(**values)
 
 
@@ -168,10 +168,9 @@ class LVLMConfig:
         check_supported(rope, {"rope_type": ("default",)}, "config.json rope_parameters")
         text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
         text |= {"bos_token_id": 1, "eos_token_id": 2} | raw["text_config"] | rope
+        vision = raw["vision_config"]
         fields = {
-            "vision": from_json(
-                VisionConfig, raw["vision_config"], "config.json vision_config", True
-            ),
+            "vision": from_json(VisionConfig, vision, "config.json vision_config", True),
             "decoder": from_json(DecoderConfig, text, "config.json text_config", True),
             "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
             "vision_feature_layer": raw.get("vision_feature_layer", -2),
@@ -182,13 +181,10 @@ class LVLMConfig:
         return from_json(cls, fields, "config.json")
 
     def __post_init__(self):
-        size = self.decoder.vocab_size
-        if not 0 <= self.image_token_id < size:
-            raise ValueError(
-                f"config.json: <image> has id {self.image_token_id}, not one of {size}"
-            )
+        if not 0 <= self.image_token_id < self.decoder.vocab_size:
+            raise ValueError(f"config.json: no embedding of <image>, token {self.image_token_id}")
 
-    # The three networks: Phi_v from what stack_images returns to features, g, and Phi_l.
+    # Phi_v from what stack_images returns to features, g, and Phi_l
 
     def build_vision(self) -> nn.Module:
         return VisionTower(self.vision, self.vision_feature_layer)
@@ -199,7 +195,7 @@ class LVLMConfig:
     def build_decoder(self) -> nn.Module:
         return Decoder(self.decoder)
 
-    # Images and templates.
+    # images and templates
 
     def image_grid(self, pixels: Tensor | None = None) -> tuple[int, int]:
         """(rows, columns) of image tokens of one preprocessed image, or of a square one."""
@@ -343,13 +339,16 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, config.kv_heads, length, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, G, S, K)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.position = None  # (B, T) of the tokens that come next; set before each forward
 
-    def update(self, layer: int, k: Tensor, v: Tensor, cache_position: Tensor):
-        """Store k, v (B, G, T, K) at positions (B, T); returns all of the layer's, (B, G, S, K)."""
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store k, v (B, G, T, K); returns all keys and values (B, G, S, K), and what is seen."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, :, cache_position] = k.transpose(1, 2)  # indexed as (B, T, G, K)
-        self.values[layer][rows, :, cache_position] = v.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
+        self.keys[layer][rows, :, self.position] = k.transpose(1, 2)  # indexed as (B, T, G, K)
+        self.values[layer][rows, :, self.position] = v.transpose(1, 2)
+        positions = torch.arange(self.keys.shape[3], device=k.device)
+        mask = positions <= self.position[:, None, :, None]  # (B, 1, T, S)
+        return self.keys[layer], self.values[layer], mask
 
 
 class Attention(nn.Module):
@@ -381,13 +380,11 @@ class Attention(nn.Module):
         k = apply_rotary(self.split_heads(self.k_proj(x)), *rotary)
         return q, k, self.split_heads(self.v_proj(x))
 
-    def forward(self, x: Tensor, rotary, cache: KVCache | None = None, cache_position=None):
+    def forward(self, x: Tensor, rotary, cache: KVCache | None = None) -> Tensor:
         q, k, v = self.project(x, rotary)
         mask = None
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, cache_position)
-            positions = torch.arange(k.shape[2], device=x.device)
-            mask = positions <= cache_position[:, None, :, None]  # (B, 1, T, S)
+            k, v, mask = cache.update(self.layer, k, v)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
@@ -417,8 +414,8 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rotary, cache=None, cache_position=None, state_index=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, cache_position)
+    def forward(self, x: Tensor, rotary, cache=None, state_index=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         if state_index is not None:
             x = x.flatten(0, 1).index_select(0, state_index)  # (M, D)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -447,30 +444,23 @@ class Decoder(nn.Module):
         frequencies = rotary_frequencies(config.head_width, config.rope_theta, position_ids.device)
         return rotary_tables(position_ids[:, None, :, None].float() * frequencies, dtype)
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        cache_position: Tensor | None = None,
-        state_index: Tensor | None = None,
-    ) -> Tensor:
-        """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1. cache_position: (B, T).
+    def forward(self, inputs_embeds: Tensor, position_ids=None, cache=None, state_index=None):
+        """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1. cache: a KVCache.
 
         state_index: (M,) flat indices b T + t of the states that are wanted, (M, D): the last block's
         MLP runs for these alone. None: all, (B, T, D).
         """
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        rotary = self.rotary(position_ids, inputs_embeds.dtype)
         x = inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        rotary = self.rotary(position_ids, x.dtype)
         for block in self.layers:
             index = state_index if block is self.layers[-1] else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                inputs = (x, rotary, None, None, index)
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(block, x, rotary, cache, index, **options)
             else:
-                x = block(x, rotary, cache, cache_position, index)
+                x = block(x, rotary, cache, index)
         return self.norm(x)
 
 
@@ -527,8 +517,8 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
     cache = KVCache(lvlm.config.decoder, batch_size, length, device, inputs_embeds.dtype)
 
     # the prompt at once; its last real token predicts the first new one
-    cache_position = torch.arange(width, device=device).expand(batch_size, -1)
-    hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache, cache_position)
+    cache.position = torch.arange(width, device=device).expand(batch_size, -1)
+    hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache)
     last = hidden_states[rows, lengths - 1]  # (B, D)
     next_position = lengths  # (B,) rotary position of the first new token
     if position_ids is not None:
@@ -544,9 +534,10 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
         finished |= token == eos
         if step % 8 == 7 and finished.all():  # each time it is asked the host waits for the device
             break
-        embeds = lvlm.embed(token[:, None])
-        position = (next_position + step)[:, None]
-        last = lvlm.decoder(embeds, position, cache, (lengths + step)[:, None])[:, 0]
+        cache.position = (lengths + step)[:, None]
+        last = lvlm.decoder(lvlm.embed(token[:, None]), (next_position + step)[:, None], cache)[
+            :, 0
+        ]
     answers = torch.stack(tokens, dim=1).tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
 
@@ -604,7 +595,7 @@ def checkpoint_tensors(folder: Path, key_patterns) -> dict[str, tuple[Path, str,
     return tensors
 
 
-def check_shapes(shapes: dict, wanted: dict) -> None:
+def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
     """Compare {name: shape} of a file with the model's; one ValueError lists all that differs."""
     problems = []
     for name in sorted(shapes.keys() | wanted.keys()):
@@ -616,7 +607,7 @@ def check_shapes(shapes: dict, wanted: dict) -> None:
             problems.append(f"{name} is {tuple(shapes[name])}, wanted {tuple(wanted[name])}")
     if problems:
         more = f"; {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError("; ".join(problems[:12]) + more)
+        raise ValueError(f"{problem}: {'; '.join(problems[:12])}{more}")
 
 
 def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> LVLM:
@@ -633,10 +624,8 @@ def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None
     if tied:
         tensors.pop("lm_head.weight", None)  # some tied checkpoints store the shared weight twice
     shapes = {name: shape for name, (_, _, shape) in tensors.items()}
-    try:
-        check_shapes(shapes, {name: p.shape for name, p in lvlm.named_parameters()})
-    except ValueError as error:
-        raise ValueError(f"the weights of {folder} do not fit its config.json: {error}") from None
+    wanted = {name: p.shape for name, p in lvlm.named_parameters()}
+    check_shapes(shapes, wanted, f"the weights of {folder} do not fit its config.json")
     dtype = pick_dtype(sum(p.numel() for p in lvlm.parameters()), device, dtype)
     # 2. each tensor is copied once, from the memory-mapped file to its place
     state = {}

@@ -2,14 +2,13 @@
 
     python train.py  # the tiny LVLM on rendered scenes: minutes on 2 CPU cores
     python train.py --model llava-1.5-7b --data pairs.jsonl --out runs/mine
-    torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...  # the same gradient from 8 devices
+    torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...  # the same gradient
     python train.py --out runs/mine --resume  # goes on after a stop
 
-Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, and while it
-runs OUT/checkpoints.
+Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, checkpoints.
 
-Not here: the losses (vladva.py), metrics (eval.py), curves (extras/plots.py), the paper's ablation
-(extras/ablation.py), memory and time at full size (extras/plan.py).
+Not here: the losses (vladva.py), metrics (eval.py), the paper's ablation (extras/ablation.py),
+memory and time at full size (extras/plan.py).
 """
 
 import argparse
@@ -37,7 +36,7 @@ import data
 from data import check_bounds, flag, rank_and_world_size, say
 from eval import HeldOutPairs, Measured, score_table
 from model import DTYPES, from_json, open_safetensors, read_json, write_json
-from vladva import Embeddings, VladVA, VladVAConfig, read_adapter
+from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss, read_adapter
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
             if due or stopped or too_many:
                 save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
                 saved = time.monotonic()
-            if too_many:
-                raise ValueError(too_many)
+            bad_rows.check(num_bad, step * config.batch_size)
             if stopped and step < config.steps:
                 say(f"stopped after step {step}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
@@ -160,7 +158,7 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
 
 
 def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> dict[str, Tensor]:
-    """Gradients of one batch, clip, update. Returns 0-d tensors: nothing here waits for the device."""
+    """Gradients of one batch, clip, update. Returns 0-d tensors; nothing waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     contrastive, next_token = backward(model, micro_batches, config.gradient_caching)
     parameters = model.trained_parameters().values()
@@ -216,7 +214,7 @@ def backward(model: VladVA, micro_batches: list[data.TrainingBatch], gradient_ca
             surrogate_loss = surrogate_loss + (getattr(emb, name) * getattr(gradient, name)).sum()
         surrogate_loss.backward()
 
-    # 4. the gradients of all processes add up; those of the loss's own are whole in each already
+    # 4. the gradients of all processes add up
     sum_gradients(model)
     return contrastive.detach(), data.all_reduce_sum(next_token)
 
@@ -226,7 +224,7 @@ HEAD_CHUNK = 1024  # rows of logits that exist at a time
 
 
 def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor, list[Embeddings]]:
-    """The embedding loss on those of all processes, and its gradient for each of this one's parts."""
+    """The embedding loss of all processes, and its gradient at each of this one's parts."""
     leaves, everyone = {}, {}
     for name in EMBEDDINGS:
         own = torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_()
@@ -244,19 +242,20 @@ def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor,
 
 
 def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num_tokens: int):
-    """(Eq. 2 of a micro-batch, its gradient at the states (M, D)): the graph is cut there as well."""
+    """(Eq. 2 of a micro-batch, its gradient at the states (M, D)): the graph is cut there too."""
+    head_weight = model.lvlm.lm_head.weight
     states = caption_states.detach().requires_grad_()
     loss = torch.zeros((), device=states.device)
     for start in range(0, len(targets), HEAD_CHUNK):
         chunk = slice(start, start + HEAD_CHUNK)
-        chunk_loss = model.caption_loss(states[chunk], targets[chunk], num_tokens)
+        chunk_loss = next_token_loss(states[chunk], targets[chunk], head_weight, num_tokens)
         chunk_loss.backward()
         loss = loss + chunk_loss.detach()
     return loss, torch.zeros_like(states) if states.grad is None else states.grad
 
 
 def sum_gradients(model: VladVA) -> None:
-    """Add up the gradients of all processes; those of the loss's own are whole in each already."""
+    """Add up the gradients of all processes; those of the loss's parameters are whole in each."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return
@@ -284,7 +283,7 @@ def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step counted from 1: linear warm-up, then cosine to 0."""
+    """Share of the peak learning rate at a step counted from 1: linear warm-up, cosine to 0."""
     warmup = max(1, round(config.warmup_ratio * config.steps))
     if step <= warmup:
         return step / warmup
@@ -358,7 +357,7 @@ class Steps:
 
 
 def step_loader(model: VladVA, rows, config: TrainConfig, first_step: int) -> DataLoader:
-    """StepBatch of every step from `first_step` on, made ahead by worker processes if there are any."""
+    """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
     numbers = range(first_step, config.steps + 1)
     options = {"multiprocessing_context": "fork"} if config.num_workers else {}
     options |= {"num_workers": config.num_workers or 0, "collate_fn": lambda batch: batch}
@@ -383,7 +382,7 @@ def stop_signals():
 
 
 def open_metrics(path: Path, done: int):
-    """metrics.jsonl, to write on after the lines of `done` steps; only the first process keeps it."""
+    """metrics.jsonl, to write on after the lines of `done` steps; the first process's alone."""
     if rank_and_world_size()[0]:
         return open(os.devnull, "w")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
@@ -397,8 +396,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-??????"))
 
 
+def last_checkpoint(out: Path) -> str:
+    """Where a run would go on, in words."""
+    return f"the last whole one is {checkpoints(out)[-1]}" if checkpoints(out) else "there is none"
+
+
 def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
-    """Write OUT/checkpoints/step-...: whole or not at all. Nothing random needs saving (see Steps)."""
+    """Write OUT/checkpoints/step-...: whole or not at all. No random state is needed (see Steps)."""
     if rank_and_world_size()[0]:
         return
     tensors = {}  # AdamW's moments and step counts
@@ -414,8 +418,8 @@ def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        last = f"the last whole checkpoint is {checkpoints(out)[-1:]}"
-        raise ValueError(f"step {step} could not be saved ({error}); {last}") from None
+        problem = f"the checkpoint of step {step} could not be saved"
+        raise ValueError(f"{problem}, {last_checkpoint(out)}: {error}") from None
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
@@ -437,13 +441,11 @@ def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
 
 def check_finite(line: dict, where: list[str], out: Path) -> None:
     """ValueError when the loss or the gradient norm of a step is not finite; names its rows."""
-    if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
-        return
     values = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
-    rows = f"{', '.join(where[:8])}{' ...' if len(where) > 8 else ''}"
-    last = f"the last whole checkpoint is {checkpoints(out)[-1:]}"
-    hint = "lower --lr, or use --dtype float32"
-    raise ValueError(f"step {line['step']}: {values}; rows {rows}; {last}: {hint}")
+    if not math.isfinite(line["loss"] + line["grad_norm"]):
+        rows = ", ".join(where[:8])
+        hint = f"{last_checkpoint(out)}: lower --lr, or use --dtype float32"
+        raise ValueError(f"step {line['step']}: {values}; rows {rows} ...; {hint}")
 
 
 # ------------------------------------------------------------------------------- start and end
@@ -500,9 +502,7 @@ def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
     """Make OUT and write its config.json; refuse a folder that holds another run."""
     out = Path(config.out)
     if not resume and any((out / name).exists() for name in RUN_FILES):
-        raise ValueError(
-            f"{out} holds another run: --resume it, choose another --out, or delete it"
-        )
+        raise ValueError(f"{out} holds another run: --resume, choose another --out, or delete it")
     data.barrier()  # all have looked before the first one writes
     if rank_and_world_size()[0] == 0 and not resume:
         out.mkdir(parents=True, exist_ok=True)
@@ -532,22 +532,18 @@ def announce(config: TrainConfig, model: VladVA, rows) -> None:
     total = sum(p.numel() for p in model.parameters())
     say(f"{config.model}: {trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
     passes = config.steps * config.batch_size / len(rows)
-    say(
-        f"{config.steps:,} steps of {config.batch_size}: {passes:.2f} passes over {len(rows):,} rows"
-    )
-    settings = dataclasses.asdict(config) | dataclasses.asdict(model.config)
-    say("  ".join(f"{name}={value!r}" for name, value in settings.items()))
+    say(f"{config.steps:,} steps of {config.batch_size} rows: {passes:.2f} times all {len(rows):,}")
+    for settings in (config, model.config):
+        say("  ".join(f"{name}={value!r}" for name, value in vars(settings).items()))
 
 
 def speed(micro_batches: list[data.TrainingBatch], seconds: float, device) -> dict:
-    """Seconds, images and tokens per second of this process, and its peak memory in bytes."""
-    images = sum(len(part.pixels) for part in micro_batches if part.pixels is not None)
-    tokens = sum(part.num_tokens for part in micro_batches)
+    """Seconds of a step, tokens per second of this process, and its peak memory in bytes."""
+    tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    rates = {"images_per_s": images / seconds, "tokens_per_s": tokens / seconds}
-    return {"step_s": seconds} | rates | {"peak_bytes": peak}
+    return {"step_s": seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak}
 
 
 def report(out: Path, held_out, before: Measured | None, after: Measured | None) -> dict:

@@ -6,10 +6,8 @@
 
     python vladva.py a.jpg b.jpg "a red circle" "a blue square" --adapter runs/tiny
 
-In the paper's order:
-    Sec. 3.1  summary token, embeddings, similarity
-    Sec. 3.2  Eq. 1 (contrastive), Eq. 2 (next token), and both in one forward of one sequence
-    Sec. 3.3  soft prompts that replace the tokens of the hand prompt; LoRA (lora.py)
+In the paper's order: summary token, embeddings, similarity (Sec. 3.1); Eq. 1, Eq. 2, and both in
+one forward (Sec. 3.2); soft prompts that replace the hand prompt's tokens, LoRA (Sec. 3.3).
 
 Not here: the network (model.py), files and images (data.py), the training loop (train.py),
 benchmarks (eval.py).
@@ -28,7 +26,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 from data import flag
@@ -39,7 +36,7 @@ from model import DTYPES, LVLM, check_shapes, from_json, generate, load_lvlm, op
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is: losses and similarities are not taken in bfloat16."""
+    """x in float32, or float64 if it is: losses and similarities are not taken in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -53,7 +50,7 @@ def summary_embedding(hidden_states: Tensor) -> Tensor:
 
 
 def similarity(image_emb: Tensor, text_emb: Tensor) -> Tensor:
-    """s = cos_sim(f_v, f_t) (paper Sec. 3.1): (A, D), (B, D) -> (A, B), row i: image i, all texts."""
+    """s = cos_sim(f_v, f_t) (paper Sec. 3.1): (A, D), (B, D) -> (A, B), row i: image i."""
     return image_emb @ text_emb.T
 
 
@@ -100,21 +97,6 @@ class Embeddings:
     texts: Tensor  # (E, D), of the rows' further texts, one after another
 
 
-@dataclass(frozen=True)
-class EmbeddingLoss:
-    """An entry of LOSSES: all that the project needs to know of a loss on embeddings.
-
-    function: (VladVA, Embeddings of the whole batch) -> 0-d loss. inputs: the parts of the rows it
-    takes, "pairs" (image and short caption) or "texts" (further texts). parameters: VladVAConfig ->
-    {name: start value} of what it trains itself; they are found in `model.loss_parameters`, in the
-    optimizer and in the saved adapter.
-    """
-
-    function: Callable
-    inputs: tuple[str, ...] = ("pairs",)
-    parameters: Callable = lambda config: {}
-
-
 def image_text_loss(model: "VladVA", emb: Embeddings) -> Tensor:
     """Eq. 1 on all pairs of the batch; 0 where there are fewer than two."""
     if len(emb.image) < 2:
@@ -122,12 +104,27 @@ def image_text_loss(model: "VladVA", emb: Embeddings) -> Tensor:
     return contrastive_loss(emb.image, emb.text, model.temperature)
 
 
-def temperature_parameter(config: "VladVAConfig") -> dict[str, float]:
-    """The logarithm of the temperature, if it is to be learned."""
+def learned_temperature(config: "VladVAConfig") -> dict[str, float]:
+    """{"log_temperature": start value}, if the temperature is to be learned."""
     return {"log_temperature": math.log(config.temperature)} if config.learn_temperature else {}
 
 
-LOSSES = {"vladva": EmbeddingLoss(image_text_loss, parameters=temperature_parameter)}
+@dataclass(frozen=True)
+class EmbeddingLoss:
+    """An entry of LOSSES: all that the project needs to know of a loss on embeddings.
+
+    function: (VladVA, Embeddings of the whole batch) -> 0-d loss. inputs: the parts of the rows it
+    takes, "pairs" (image and short caption) or "texts" (further texts). parameters: VladVAConfig ->
+    {name: start value} of what it trains itself: `model.loss_parameters`, which the optimizer, the
+    saved adapter and the sum over processes include.
+    """
+
+    function: Callable
+    inputs: tuple[str, ...] = ("pairs",)
+    parameters: Callable = lambda config: {}
+
+
+LOSSES = {"vladva": EmbeddingLoss(image_text_loss, parameters=learned_temperature)}
 
 
 @dataclass(frozen=True)
@@ -209,13 +206,13 @@ class VladVA(nn.Module):
         when folder, weights, tokenizer or adapter do not fit together.
         """
         folder = data.model_folder(name)
-        tensors = {}
         if adapter is not None:
             tensors, config = read_adapter(adapter)
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype)
         tokenizer = data.Tokenizer(folder, lvlm.config)
-        image_processor = data.open_image_processor(folder, lvlm.config, config)
+        image_processor_class = lvlm.config.image_processor or data.ImageProcessor
+        image_processor = image_processor_class(folder, lvlm.config, config)
         model = cls(lvlm, tokenizer, image_processor, config, str(name))
         if adapter is not None:
             model.load_adapter_state(tensors, adapter)
@@ -254,13 +251,14 @@ class VladVA(nn.Module):
         The optimizer, the saved adapter and the sum over processes take what stands here; a trained
         parameter that does not is an error.
         """
-        lora = {}
+        groups = {"lora": {}, "soft_prompts": {}, "loss": {}}
         for name, layer in lora_layers(self.lvlm.decoder).items():
-            lora[f"lora.{name}.lora_a"] = layer.lora_a
-            lora[f"lora.{name}.lora_b"] = layer.lora_b
-        soft_prompts = {f"soft_prompt.{name}": p for name, p in self.soft_prompts.items()}
-        loss = {f"loss.{name}": p for name, p in self.loss_parameters.items()}
-        groups = {"lora": lora, "soft_prompts": soft_prompts, "loss": loss}
+            groups["lora"][f"lora.{name}.lora_a"] = layer.lora_a
+            groups["lora"][f"lora.{name}.lora_b"] = layer.lora_b
+        for name, p in self.soft_prompts.items():
+            groups["soft_prompts"][f"soft_prompt.{name}"] = p
+        for name, p in self.loss_parameters.items():
+            groups["loss"][f"loss.{name}"] = p
         grouped = {id(p) for group in groups.values() for p in group.values()}
         for name, p in self.named_parameters():
             if p.requires_grad and id(p) not in grouped:
@@ -356,21 +354,23 @@ class VladVA(nn.Module):
         return data.collate(sequences, self.tokenizer.pad_token_id, image_token_id)
 
     def training_batch(self, rows: list[dict]) -> data.TrainingBatch:
-        """Rows -> data.TrainingBatch on the host, with what the losses take of them.
+        """Rows -> TrainingBatch on the host, with what the losses take of them.
 
         A row is {"image": RGB image or None, "short": caption or None, "long": caption or None} and
         possibly "texts": further texts, for losses that take them.
         """
         inputs = LOSSES[self.config.loss].inputs
-        with_image = [row for row in rows if row["image"] is not None]
-        images, long_captions, short_captions, image_of_text = [], [], [], []
-        for index, row in enumerate(with_image):
-            images.append(row["image"])
-            long_captions.append(row["long"] if self.config.next_token_weight else None)
+        images, long_captions, short_captions, image_of_text, texts = [], [], [], [], []
+        for row in rows:
+            if "texts" in inputs:
+                texts += row.get("texts", ())
+            if row["image"] is None:
+                continue
             if row["short"] and "pairs" in inputs:
                 short_captions.append(row["short"])
-                image_of_text.append(index)
-        texts = [text for row in rows for text in row.get("texts", ()) if "texts" in inputs]
+                image_of_text.append(len(images))
+            images.append(row["image"])
+            long_captions.append(row["long"] if self.config.next_token_weight else None)
         pixels, image_batch = self.image_batch(images, long_captions) if images else (None, None)
         return data.TrainingBatch(
             pixels=pixels,
@@ -411,7 +411,7 @@ class VladVA(nn.Module):
         return states[:batch_size], states[batch_size:]
 
     def embed_batch(self, batch: data.TrainingBatch) -> tuple[Embeddings, Tensor]:
-        """Embeddings of a data.TrainingBatch, and the states (M, D) that predict its caption tokens."""
+        """Embeddings of a TrainingBatch, and the states (M, D) that predict its caption tokens."""
         nothing = torch.zeros(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
         image_emb = text_emb = texts_emb = caption_states = nothing
         if batch.images:
@@ -427,17 +427,13 @@ class VladVA(nn.Module):
         """The loss of LOSSES that the config names (Eq. 1), on the embeddings of a whole batch."""
         return LOSSES[self.config.loss].function(self, emb)
 
-    def caption_loss(self, caption_states: Tensor, targets: Tensor, total: int) -> Tensor:
-        """Eq. 2 of a part of a batch that holds `total` caption tokens, 0-d."""
-        return next_token_loss(caption_states, targets, self.lvlm.lm_head.weight, total)
-
     def forward(self, batch: data.TrainingBatch) -> Tensor:
         """L = L_con + weight L_CE of a batch in one piece (paper Sec. 3.2.3), 0-d."""
         emb, caption_states = self.embed_batch(batch)
         loss = self.embedding_loss(emb)
         targets = batch.caption_targets
         if len(targets):
-            next_token = self.caption_loss(caption_states, targets, len(targets))
+            next_token = next_token_loss(caption_states, targets, self.lvlm.lm_head.weight)
             loss = loss + self.config.next_token_weight * next_token
         return loss
 
@@ -447,36 +443,31 @@ class VladVA(nn.Module):
 
         images: a sequence of PIL images or paths; those of a batch are opened when it is its turn.
         """
-        parts = [torch.empty(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)]
-        starts = range(0, len(images), batch_size)
-        hide_bar = None if len(starts) > 1 else True
+        device = self.lvlm.device
+        emb = torch.empty(len(images), self.lvlm.config.decoder.hidden_size, device=device)
         with ThreadPoolExecutor() as pool:
-            for start in tqdm(starts, "encoding images", leave=False, disable=hide_bar):
-                indices = range(start, min(start + batch_size, len(images)))
-                opened = list(pool.map(lambda i: data.open_image(images[i]), indices))
+            for part in data.batches(range(len(images)), batch_size, "encoding images"):
+                opened = list(pool.map(lambda i: data.open_image(images[i]), part))
                 pixels, batch = self.image_batch(opened)
-                pixels, batch = pixels.to(self.lvlm.device), batch.to(self.lvlm.device)
-                parts.append(summary_embedding(self.hidden_states(batch, "image", pixels)[0]))
-        return torch.cat(parts)
+                summary, _ = self.hidden_states(batch.to(device), "image", pixels.to(device))
+                emb[part] = summary_embedding(summary).to(emb.dtype)
+        return emb
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], batch_size: int = 128) -> Tensor:
         """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in their order."""
         if isinstance(texts, str):
-            raise ValueError(
-                "encode_text wants a list of strings, got one string: put it in a list"
-            )
+            raise ValueError("encode_text wants a list of strings, got one: put it in a list")
+        device = self.lvlm.device
+        emb = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size, device=device)
         sequences = [self.text_sequence(text) for text in texts]
+        # texts of similar length share a batch: little padding
         by_length = sorted(range(len(texts)), key=lambda i: len(sequences[i].input_ids))
-        width = self.lvlm.config.decoder.hidden_size
-        out = torch.empty(len(texts), width, device=self.lvlm.device)
-        starts = range(0, len(texts), batch_size)
-        hide_bar = None if len(starts) > 1 else True
-        for start in tqdm(starts, "encoding texts", leave=False, disable=hide_bar):
-            chosen = by_length[start : start + batch_size]  # similar lengths: little padding
-            batch = self.collate([sequences[i] for i in chosen]).to(self.lvlm.device)
-            out[chosen] = summary_embedding(self.hidden_states(batch, "text")[0]).to(out.dtype)
-        return out
+        for part in data.batches(by_length, batch_size, "encoding texts"):
+            batch = self.collate([sequences[i] for i in part]).to(device)
+            summary, _ = self.hidden_states(batch, "text")
+            emb[part] = summary_embedding(summary).to(emb.dtype)
+        return emb
 
     @torch.no_grad()
     def generate_batch(self, images, prompts: list[str], max_new_tokens: int = 128) -> list[str]:
@@ -500,34 +491,27 @@ class VladVA(nn.Module):
 
     # ---------------------------------------------------------------------------------- saving
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """{"lora.<layer>.lora_a": ..., "soft_prompt.image": ..., ...} in float32 on the host."""
-        state = {}
-        for name, p in self.trained_parameters().items():
-            state[name] = p.detach().to("cpu").contiguous()
-        return state
-
     def save_adapter(self, folder: str | Path) -> None:
-        """Write folder/adapter.safetensors: all that is trained, and the config it was trained with."""
+        """Write folder/adapter.safetensors: all that is trained, in float32, and the config."""
         Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, p in self.trained_parameters().items():
+            tensors[name] = p.detach().to("cpu", torch.float32).contiguous()
         # one key: the order of several would change from process to process
         about = json.dumps({"base": self.name, "config": dataclasses.asdict(self.config)})
-        path = Path(folder) / "adapter.safetensors"
-        data.write_tensors(path, self.adapter_state(), {"adapter": about})
+        data.write_tensors(Path(folder) / "adapter.safetensors", tensors, {"adapter": about})
 
     def load_adapter_state(self, tensors: dict[str, Tensor], source: str | Path) -> None:
-        """Copy an adapter's tensors into this model, attached first if need be; strict on all names."""
+        """Copy an adapter's tensors into this model, attached first if need be; strict on names."""
         if not self.adapted:
             self.attach()
-        wanted = self.trained_parameters()
-        try:
-            shapes = {name: tensor.shape for name, tensor in tensors.items()}
-            check_shapes(shapes, {name: p.shape for name, p in wanted.items()})
-        except ValueError as error:
-            raise ValueError(f"{source} does not fit {self.name}: {error}") from None
+        parameters = self.trained_parameters()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        wanted = {name: p.shape for name, p in parameters.items()}
+        check_shapes(shapes, wanted, f"{source} does not fit {self.name}")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                wanted[name].copy_(tensor)
+                parameters[name].copy_(tensor)
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
@@ -566,9 +550,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{len(images)} images and {len(texts)} texts: one of each is needed")
     model = load_model(args)
     sim = similarity(model.encode_image(images), model.encode_text(texts)).tolist()
-    rows = []
-    for image, values in zip(images, sim):
-        rows.append([image, *(f"{value:.3f}" for value in values)])
+    rows = [[image, *map("{:.3f}".format, values)] for image, values in zip(images, sim)]
     print(data.format_table(["", *texts], rows))
 
 
