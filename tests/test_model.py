@@ -342,15 +342,15 @@ def changed_config(section: str | None, change: dict) -> dict:
         (None, {"text_config": []}, r"text_config is \[\]"),
         (None, {"image_token_index": None}, "image_token_id is None"),
         (None, {"image_token_index": "3"}, "image_token_id is '3'"),
-        (None, {"image_token_index": 491}, "<image> has id 491, not one of 491"),
+        (None, {"image_token_index": 491}, "<image>.* 491"),
         (None, {"vision_feature_layer": [-2, -5]}, "vision_feature_layer is"),
         (None, {"vision_feature_layer": -9}, "vision_feature_layer"),
-        ("text_config", {"hidden_size": "64"}, "hidden_size is '64', wanted int"),
-        ("text_config", {"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0, wanted int"),
-        ("text_config", {"rope_theta": "1e4"}, "rope_theta is '1e4', wanted float"),
-        ("text_config", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, wanted bool"),
+        ("text_config", {"hidden_size": "64"}, "hidden_size is '64', wanted"),
+        ("text_config", {"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0, wanted"),
+        ("text_config", {"rope_theta": "1e4"}, "rope_theta is '1e4', wanted"),
+        ("text_config", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, wanted"),
         ("text_config", {"num_key_value_heads": 3}, "do not divide"),
-        ("vision_config", {"image_size": "96"}, "image_size is '96', wanted int"),
+        ("vision_config", {"image_size": "96"}, "image_size is '96', wanted"),
         ("vision_config", {"num_attention_heads": True}, "num_attention_heads is True"),
     ],
 )
@@ -379,7 +379,7 @@ def test_dimensions_below_one_are_refused_by_name(section, change, message):
 
 def test_several_end_tokens_are_refused_by_name():
     """Llama 3's config.json lists two; LLaVA-1.5's has one, which trained captions end in."""
-    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 3\], wanted int"):
+    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 3\], wanted"):
         parse_config(changed_config("text_config", {"eos_token_id": [2, 3]}))
 
 
@@ -414,10 +414,10 @@ def test_fields_of_the_full_config_that_this_code_does_not_use_are_left_alone():
     [
         ([1], r"section is \[1\], wanted a JSON object"),
         ({"lora_rank": 4, "scene": 1}, r"section has unknown fields \['scene'\]"),
-        ({"lora_rank": "4"}, "section: lora_rank is '4', wanted int"),
-        ({"lora_rank": None}, "section: lora_rank is None, wanted int"),
-        ({"lora": 1}, "section: lora is 1, wanted bool"),
-        ({"min_pixels": 1.5}, "section: min_pixels is 1.5, wanted int or NoneType"),
+        ({"lora_rank": "4"}, "section: lora_rank is '4', wanted"),
+        ({"lora_rank": None}, "section: lora_rank is None, wanted"),
+        ({"lora": 1}, "section: lora is 1, wanted"),
+        ({"min_pixels": 1.5}, "section: min_pixels is 1.5, wanted"),
     ],
 )
 def test_from_json_names_the_field_that_does_not_fit(raw, message):

@@ -1,4 +1,8 @@
-"""The method: closed forms of the losses and measures, invariances of the embeddings, soft prompts, saving and loading."""
+"""The method: closed forms of the losses, invariances of the embeddings, soft prompts, adapters.
+
+Not here: measures of the paper's figures (test_studies.py), E5-V (test_e5v.py), merged folders
+(test_export.py).
+"""
 
 import json
 import math
@@ -8,48 +12,52 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_folder, random_config, shaken
+from conftest import seeded_image
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import data
-import lora
-import model as lvlm_module
+import train
 import vladva
-from extras import scenes
-from vladva import Settings, VladVA
+from vladva import LOSSES, EmbeddingLoss, VladVA, VladVAConfig
 
-ROUNDING = dict(atol=2e-5, rtol=2e-5)  # float32 sums in another order, on embeddings of length 1
-
-
-# ------------------------------------------------------------------------------------------------------ Eq. 1
+ROUNDING = {"atol": 2e-5, "rtol": 2e-5}  # float32 sums in another order, embeddings of length 1
 
 
-@pytest.mark.parametrize("batch", [2, 7, 64])
-def test_contrastive_loss_is_2_log_b_when_all_rows_coincide(batch):
-    emb = F.normalize(torch.ones(batch, 5), dim=-1)
-    assert vladva.contrastive_loss(emb, emb, 0.05).item() == pytest.approx(
-        2 * math.log(batch), rel=1e-6
-    )
+# --------------------------------------------------------------------------------------- Eq. 1
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 64])
+def test_contrastive_loss_is_2_log_b_when_all_rows_coincide(batch_size):
+    emb = F.normalize(torch.ones(batch_size, 5), dim=-1)
+    loss = vladva.contrastive_loss(emb, emb, 0.05).item()
+    assert loss == pytest.approx(2 * math.log(batch_size), rel=1e-6)  # float32
 
 
 def test_contrastive_loss_of_perfect_pairs_goes_to_zero_with_the_temperature():
     emb = torch.eye(6)
     losses = [vladva.contrastive_loss(emb, emb, t).item() for t in (1.0, 0.3, 0.05)]
-    assert losses[0] > losses[1] > losses[2] and losses[2] < 1e-6
-    assert losses[0] == pytest.approx(
-        2 * math.log(1 + 5 * math.exp(-1)), rel=1e-6
-    )  # one cosine of 1 among five of 0
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] < 1e-6
+    one_among_five = 2 * math.log(1 + 5 * math.exp(-1))  # a cosine of 1 among five of 0
+    assert losses[0] == pytest.approx(one_among_five, rel=1e-6)  # float32
 
 
 def test_contrastive_loss_equals_the_printed_sum_over_k():
     torch.manual_seed(0)
-    v, t = (F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1) for _ in range(2))
-    s = lambda k, j: math.exp((v[k] @ t[j]).item() / 0.2)
-    printed = sum(
-        -math.log(s(k, k) / sum(s(k, j) for j in range(5)))
-        - math.log(s(k, k) / sum(s(j, k) for j in range(5)))
-        for k in range(5)
-    )
-    assert vladva.contrastive_loss(v, t, 0.2).item() == pytest.approx(printed / 5, rel=1e-9)
+    v = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1)
+    t = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1)
+
+    def s(k, j):
+        return math.exp((v[k] @ t[j]).item() / 0.2)
+
+    printed = 0.0
+    for k in range(5):
+        printed -= math.log(s(k, k) / sum(s(k, j) for j in range(5)))
+        printed -= math.log(s(k, k) / sum(s(j, k) for j in range(5)))
+    loss = vladva.contrastive_loss(v, t, 0.2).item()
+    assert loss == pytest.approx(printed / 5, rel=1e-9)  # float64
 
 
 @pytest.mark.parametrize("a, b", [((3, 4), (2, 4)), ((1, 4), (1, 4))])
@@ -58,237 +66,197 @@ def test_contrastive_loss_refuses_unequal_or_single_rows(a, b):
         vladva.contrastive_loss(torch.ones(a), torch.ones(b), 1.0)
 
 
-# ------------------------------------------------------------------------------------------------------ E5-V's loss
+def test_the_similarity_is_the_cosine(random_model, scene_rows):
+    image_emb = random_model.encode_image([scene_rows[0]["image"]])
+    text_emb = random_model.encode_text(["a red circle", "a blue ring"])
+    lengths = torch.cat([image_emb, text_emb]).norm(dim=-1)
+    assert lengths.tolist() == pytest.approx([1, 1, 1], abs=1e-5)  # float32
+    cosine = F.cosine_similarity(image_emb[0], text_emb[1], dim=0).item()
+    sim = vladva.similarity(image_emb, text_emb)
+    assert sim[0, 1].item() == pytest.approx(cosine, abs=1e-6)  # float32
+    assert image_emb.dtype == torch.float32
 
 
-def test_text_text_loss_against_a_loop_and_closed_forms():
-    """Each sentence among all paraphrases and all hard negatives, one way; log 2 B when all coincide, 0 when all are apart."""
-    torch.manual_seed(0)
-    triples = F.normalize(torch.randn(4, 3, 8, dtype=torch.float64), dim=-1)
-    others = [*triples[:, 1], *triples[:, 2]]
-    scores = [
-        [math.exp((triples[i, 0] @ other).item() / 0.2) for other in others] for i in range(4)
-    ]
-    naive = -sum(math.log(row[i] / sum(row)) for i, row in enumerate(scores)) / 4
-    assert vladva.text_text_loss(triples, 0.2).item() == pytest.approx(naive, rel=1e-9)
-    assert vladva.text_text_loss(
-        F.normalize(torch.ones(5, 3, 4), dim=-1), 0.05
-    ).item() == pytest.approx(math.log(10), rel=1e-6)
-    apart = torch.eye(4)[:2, None].expand(2, 3, 4).clone()
-    apart[:, 2] = torch.eye(4)[2:]
-    assert vladva.text_text_loss(apart, 0.01).item() < 1e-9
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"loss": "clip"},
-        {"text_template": "no caption {prompt}"},
-        {"image_template": "{prompt} {prompt} <image>"},
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Settings(**settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [vladva.E5V, {"text_template": "{caption} {prompt}", "image_template": "<image> {prompt}"}],
-)
-def test_templates_of_any_order_embed_at_their_last_token(random_folder, scene_rows, settings):
-    """E5-V's stand with the prompt behind; soft prompts still take the hand prompt's place, and change nothing at first."""
-    model = VladVA.from_pretrained(
-        random_folder, settings=Settings(**{**settings, "soft_prompts": True})
-    )
-    sequence = model.text_sequence("a red circle")
-    assert sequence.summary == len(sequence.ids) - 1
-    span = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
-    assert model.tokenizer.decode(span).strip() == model.settings.text_prompt
-    before = (
-        model.encode_text(["a red circle", "two"]),
-        model.encode_image([scene_rows[0]["image"]]),
-    )
-    model.attach()
-    torch.testing.assert_close(
-        (model.encode_text(["a red circle", "two"]), model.encode_image([scene_rows[0]["image"]])),
-        before,
-        **ROUNDING,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ Eq. 2
+# --------------------------------------------------------------------------------------- Eq. 2
 
 
 def test_next_token_loss_is_log_v_under_a_uniform_head():
-    assert vladva.next_token_loss(
-        torch.randn(4, 6), torch.tensor([0, 3, 9, 1]), torch.zeros(10, 6)
-    ).item() == pytest.approx(math.log(10), rel=1e-6)
+    targets = torch.tensor([0, 3, 9, 1])
+    loss = vladva.next_token_loss(torch.randn(4, 6), targets, torch.zeros(10, 6)).item()
+    assert loss == pytest.approx(math.log(10), rel=1e-6)  # float32
 
 
 def test_next_token_loss_equals_a_naive_loop():
     torch.manual_seed(0)
-    hidden, head, targets = torch.randn(5, 6), torch.randn(10, 6), [3, 1, 4, 1, 5]
-    naive = (
-        -sum(math.log(torch.softmax(head @ h, 0)[u].item()) for h, u in zip(hidden, targets)) / 5
-    )
-    assert vladva.next_token_loss(hidden, torch.tensor(targets), head).item() == pytest.approx(
-        naive, rel=1e-5
-    )
+    hidden_states, head = torch.randn(5, 6), torch.randn(10, 6)
+    targets = [3, 1, 4, 1, 5]
+    naive = 0.0
+    for state, target in zip(hidden_states, targets):
+        naive -= math.log(torch.softmax(head @ state, 0)[target].item()) / 5
+    loss = vladva.next_token_loss(hidden_states, torch.tensor(targets), head).item()
+    assert loss == pytest.approx(naive, rel=1e-5)  # float32 in another order
 
 
-def test_next_token_loss_in_chunks_has_the_value_and_gradients_of_plain_cross_entropy(monkeypatch):
-    """Chunks of 3 rows of 8, as a part of a batch of 20 tokens; for the states, and for the head as in pre-training."""
-    monkeypatch.setattr(vladva.ChunkedCrossEntropy, "CHUNK", 3)
-    hidden, head = (
-        torch.randn(8, 6, dtype=torch.float64, requires_grad=True),
-        torch.randn(10, 6, dtype=torch.float64, requires_grad=True),
-    )
+def test_next_token_losses_of_the_parts_of_a_batch_sum_to_that_of_the_whole():
+    """Values and gradients, when each part is told how many tokens the whole batch holds."""
+    torch.manual_seed(0)
+    hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 10, (8,))
-    plain = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="sum") / 20
-    chunked = vladva.next_token_loss(hidden, targets, head, total=20)
-    assert chunked.item() == pytest.approx(plain.item(), abs=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(2 * chunked, (hidden, head)),
-        torch.autograd.grad(2 * plain, (hidden, head)),
-    ):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    whole = vladva.next_token_loss(hidden_states, targets, head)
+    first = vladva.next_token_loss(hidden_states[:3], targets[:3], head, total=8)
+    parts = first + vladva.next_token_loss(hidden_states[3:], targets[3:], head, total=8)
+    assert parts.item() == pytest.approx(whole.item(), abs=1e-12)  # float64
+    wanted = torch.autograd.grad(whole, (hidden_states, head))
+    gradients = torch.autograd.grad(parts, (hidden_states, head))
+    torch.testing.assert_close(gradients, wanted, atol=1e-12, rtol=0)  # float64
 
 
 def test_next_token_loss_refuses_no_token():
+    no_targets = torch.tensor([], dtype=torch.long)
     with pytest.raises(ValueError, match="no long caption"):
-        vladva.next_token_loss(
-            torch.randn(0, 6), torch.tensor([], dtype=torch.long), torch.zeros(10, 6)
-        )
+        vladva.next_token_loss(torch.randn(0, 6), no_targets, torch.zeros(10, 6))
 
 
-def test_loss_counts_the_long_captions_tokens_and_the_end_and_nothing_else(
+def test_the_loss_counts_the_long_captions_tokens_and_the_end_and_nothing_else(
     random_model, scene_rows
 ):
-    batch = random_model.training_batch(scene_rows)
-    texts = [
-        random_model.tokenizer.inner.encode(" " + row["long"], add_special_tokens=False).ids
-        + [random_model.tokenizer.eos_id]
-        for row in scene_rows
-        if row["long"]
-    ]
-    assert batch.images.targets.tolist() == [token for ids in texts for token in ids]
-    following = batch.images.ids.flatten()[batch.images.loss_index + 1]
-    assert torch.equal(following, batch.images.targets)
+    batch = random_model.training_batch(scene_rows).images
+    wanted = []
+    for row in scene_rows:
+        if row["long"]:
+            encoding = random_model.tokenizer.inner.encode(
+                " " + row["long"], add_special_tokens=False
+            )
+            wanted += [*encoding.ids, random_model.lvlm.config.eos_token_id]
+    assert batch.caption_targets.tolist() == wanted
+    next_ids = batch.input_ids.flatten()[batch.caption_index + 1]
+    assert torch.equal(next_ids, batch.caption_targets)
 
 
 def test_the_overall_loss_is_eq_1_plus_weighted_eq_2_from_separate_forwards(
+    random_folder, scene_rows
+):
+    """One forward of the image sequence gives both losses: the same as embedding without the long
+    caption, and captioning apart."""
+    model = VladVA.from_pretrained(random_folder, config=VladVAConfig(next_token_weight=0.5))
+    with torch.no_grad():
+        together = model(model.training_batch(scene_rows))
+        pairs = [row for row in scene_rows if row["short"]]
+        image_emb = model.encode_image([row["image"] for row in pairs])
+        text_emb = model.encode_text([row["short"] for row in pairs])
+        contrastive = vladva.contrastive_loss(image_emb, text_emb, model.temperature)
+        long_rows = [row | {"short": None} for row in scene_rows if row["long"]]
+        batch = model.training_batch(long_rows)
+        _, caption_states = model.embed_batch(batch)
+        next_token = vladva.next_token_loss(
+            caption_states, batch.caption_targets, model.lvlm.lm_head.weight
+        )
+    # cosines in float32 are divided by a temperature of 0.05
+    torch.testing.assert_close(together, contrastive + 0.5 * next_token, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_without_pairs_or_without_captions_has_the_other_loss_alone(
     random_model, scene_rows
 ):
-    """One forward of the image sequence gives both losses: the same as embedding without the long caption, and captioning apart."""
     with torch.no_grad():
-        together = random_model(random_model.training_batch(scene_rows))
-        shorts = [row for row in scene_rows if row["short"]]
-        image_emb = random_model.encode_image([row["image"] for row in shorts])
-        text_emb = random_model.encode_text([row["short"] for row in shorts])
-        longs = random_model.training_batch(
-            [dict(row, short=None) for row in scene_rows if row["long"]]
-        )
-        _, next_token = random_model.losses(random_model.outputs(longs), longs.images.targets)
-    apart = (
-        vladva.contrastive_loss(image_emb, text_emb, random_model.temperature)
-        + random_model.settings.next_token_weight * next_token
-    )
-    torch.testing.assert_close(
-        together, apart, atol=1e-4, rtol=1e-4
-    )  # cosines are divided by a temperature of .05
+        no_pairs = random_model.training_batch([row | {"short": None} for row in scene_rows])
+        _, caption_states = random_model.embed_batch(no_pairs)
+        head = random_model.lvlm.lm_head.weight
+        wanted = vladva.next_token_loss(caption_states, no_pairs.caption_targets, head)
+        assert random_model(no_pairs).item() == pytest.approx(wanted.item())
+        no_captions = random_model.training_batch([row | {"long": None} for row in scene_rows])
+        emb, _ = random_model.embed_batch(no_captions)
+        wanted = vladva.contrastive_loss(emb.image, emb.text, random_model.temperature)
+        assert random_model(no_captions).item() == pytest.approx(wanted.item())
 
 
-# ------------------------------------------------------------------------------------------------------ Sec. 3.1 measures
+# -------------------------------------------------------------------------------- the templates
 
 
-def test_entropy_of_uniform_and_of_certain_distributions():
-    assert vladva.output_entropy(torch.zeros(2, 50)).tolist() == pytest.approx(
-        [math.log(50)] * 2, rel=1e-6
-    )
-    assert vladva.output_entropy(torch.tensor([100.0, 0.0, 0.0])).item() == pytest.approx(
-        0, abs=1e-6
-    )
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"text_template": "no caption {prompt}"}, "text_template"),
+        ({"image_template": "{prompt} {prompt} <image>"}, "image_template"),
+        ({"temperature": 0.001}, "temperature is 0.001"),
+        ({"temperature": 2.0}, "temperature is 2.0"),
+        ({"lora_rank": 0}, "is 0: wanted 1|is 0: at least 1"),
+        ({"next_token_weight": -1.0}, "is -1.0: wanted 0"),
+        ({"lora": False, "soft_prompts": False}, "nothing to train"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        VladVAConfig(**config)
 
 
-def test_cumulative_variance_of_rank_one_and_of_isotropic_embeddings():
-    assert vladva.cumulative_variance(torch.outer(torch.arange(4.0), torch.ones(6)))[
-        0
-    ].item() == pytest.approx(1, abs=1e-6)
-    isotropic = torch.cat([torch.eye(3), -torch.eye(3)])
-    assert vladva.cumulative_variance(isotropic).tolist() == pytest.approx(
-        [1 / 3, 2 / 3, 1.0], abs=1e-6
-    )
-    with pytest.raises(ValueError, match="at least 2"):
-        vladva.cumulative_variance(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="all equal"):
-        vladva.cumulative_variance(torch.ones(4, 3))
+def test_an_unknown_loss_is_refused_when_training_begins(random_folder):
+    model = VladVA.from_pretrained(random_folder, config=VladVAConfig(loss="clip"))
+    with pytest.raises(ValueError, match="loss is 'clip', known are vladva"):
+        model.attach()
 
 
-def test_components_for_a_share_of_the_variance_in_closed_form():
-    """Rank one needs one component; ten equal ones need nine for 90 %, on whichever side rounding falls."""
-    assert (
-        vladva.components_for(
-            vladva.cumulative_variance(torch.outer(torch.arange(5.0), torch.ones(3)))
-        )
-        == 1
-    )
-    equal = torch.cat([torch.eye(10), -torch.eye(10)])
-    assert [
-        vladva.components_for(vladva.cumulative_variance(equal), share)
-        for share in (0.05, 0.1, 0.9, 1.0)
-    ] == [1, 1, 9, 10]
+def test_templates_of_any_order_embed_at_their_last_token(random_folder, scene_rows):
+    """With the prompt behind, as E5-V's: soft prompts still take the hand prompt's place, and
+    change nothing at first."""
+    config = VladVAConfig(text_template="{caption} {prompt}", image_template="<image> {prompt}")
+    model = VladVA.from_pretrained(random_folder, config=config)
+    sequence = model.text_sequence("a red circle")
+    assert sequence.summary_index == len(sequence.input_ids) - 1
+    assert model.tokenizer.decode(prompt_ids(sequence)).strip() == config.text_prompt
+    texts, images = ["a red circle", "two"], [scene_rows[0]["image"]]
+    before = model.encode_text(texts), model.encode_image(images)
+    model.attach()
+    after = model.encode_text(texts), model.encode_image(images)
+    torch.testing.assert_close(after, before, **ROUNDING)
 
 
-def test_embeddings_have_length_one_and_similarity_is_the_cosine(random_model, scene_rows):
-    image_emb, text_emb = (
-        random_model.encode_image([scene_rows[0]["image"]]),
-        random_model.encode_text(["a red circle", "a blue ring"]),
-    )
-    assert torch.cat([image_emb, text_emb]).norm(dim=-1).tolist() == pytest.approx(
-        [1, 1, 1], abs=1e-5
-    )
-    assert vladva.similarity(image_emb, text_emb)[0, 1].item() == pytest.approx(
-        F.cosine_similarity(image_emb[0], text_emb[1], dim=0).item(), abs=1e-6
-    )
-    assert image_emb.dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------------------ Sec. 3.2.3 templates
+def prompt_ids(sequence):
+    """The tokens of a sequence that its soft prompt replaces."""
+    return sequence.input_ids[sequence.prompt_start :][: sequence.prompt_length]
 
 
 def test_the_summary_token_ends_the_template_and_the_prompt_span_is_the_prompt(random_model):
-    tokenizer, settings = random_model.tokenizer, random_model.settings
+    tokenizer, config = random_model.tokenizer, random_model.config
+    bos = random_model.lvlm.config.bos_token_id
     for sequence, prompt in (
-        (random_model.image_sequence(), settings.image_prompt),
-        (random_model.text_sequence("a red circle"), settings.text_prompt),
+        (random_model.image_sequence(), config.image_prompt),
+        (random_model.text_sequence("a red circle"), config.text_prompt),
     ):
-        assert sequence.ids[0] == tokenizer.bos_id and sequence.ids.count(tokenizer.bos_id) == 1
-        assert sequence.summary == len(sequence.ids) - 1
-        assert tokenizer.decode(sequence.ids[-2:]) == "ASSISTANT:"
-        span = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
-        assert tokenizer.decode(span).strip() == prompt
+        ids = sequence.input_ids
+        assert ids[0] == bos and ids.count(bos) == 1
+        assert sequence.summary_index == len(ids) - 1
+        assert tokenizer.decode(ids[-2:]) == "ASSISTANT:"
+        assert tokenizer.decode(prompt_ids(sequence)).strip() == prompt
 
 
-def test_image_tokens_stand_where_image_stands(random_model):
+def test_the_image_tokens_stand_together_where_the_template_has_the_image(random_model):
     sequence = random_model.image_sequence("a long caption")
-    image_id, count = random_model.tokenizer.image_id, random_model.lvlm.config.num_image_tokens
-    assert sequence.ids.count(image_id) == count
-    assert sequence.ids[sequence.image_slot : sequence.image_slot + count] == [image_id] * count
-    assert (
-        random_model.tokenizer.decode(sequence.ids[sequence.loss_start :]).strip()
-        == "a long caption"
-    )
-    assert sequence.summary == random_model.image_sequence().summary
+    config = random_model.lvlm.config
+    image_id = config.image_token_id
+    rows, columns = config.image_grid()
+    assert sequence.input_ids.count(image_id) == rows * columns
+    start = sequence.input_ids.index(image_id)
+    image_tokens = sequence.input_ids[start : start + rows * columns]
+    assert image_tokens == [image_id] * (rows * columns)
+    caption = random_model.tokenizer.decode(sequence.input_ids[sequence.caption_start :])
+    assert caption.strip() == "a long caption"
+    assert sequence.summary_index == random_model.image_sequence().summary_index
+
+
+# ------------------------------------------------------------------------------------ invariance
+
+
+def image_embeddings(model, rows):
+    with torch.no_grad():
+        return model.embed_batch(model.training_batch(rows))[0].image
 
 
 def test_the_long_caption_does_not_change_f_v(random_model, scene_rows):
-    first = dict(scene_rows[0], short="a")  # rows without a short caption have no embedding
-    batch = random_model.training_batch(
-        [first, dict(first, long=None), dict(first, long="entirely other words")]
-    )
-    with torch.no_grad():
-        emb = random_model.outputs(batch).image_emb
+    first = scene_rows[0] | {"short": "a"}  # rows without a short caption have no embedding
+    rows = [first, first | {"long": None}, first | {"long": "entirely other words"}]
+    emb = image_embeddings(random_model, rows)
     torch.testing.assert_close(emb[1:], emb[:1].expand(2, -1), **ROUNDING)
 
 
@@ -297,15 +265,13 @@ def test_without_the_causal_mask_the_long_caption_would_change_f_v(
 ):
     """The guard of the test above: it fails as soon as attention sees what comes after."""
     attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda q, k, v, is_causal=False, **rest: attend(q, k, v, **rest),
-    )
-    first = dict(scene_rows[0], short="a")
-    batch = random_model.training_batch([first, dict(first, long="entirely other words")])
-    with torch.no_grad():
-        emb = random_model.outputs(batch).image_emb
+
+    def attend_to_all(q, k, v, is_causal=False, **rest):
+        return attend(q, k, v, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend_to_all)
+    first = scene_rows[0] | {"short": "a"}
+    emb = image_embeddings(random_model, [first, first | {"long": "entirely other words"}])
     assert (emb[0] - emb[1]).abs().max() > 1e-3
 
 
@@ -315,18 +281,27 @@ def test_padding_order_and_other_rows_do_not_change_an_embedding(random_model, s
         "a much longer caption with a blue square and a green star on a gray background",
         "a ring",
     ]
-    together, alone = (
-        random_model.encode_text(texts),
-        torch.cat([random_model.encode_text([text]) for text in texts]),
-    )
+    together = random_model.encode_text(texts)
+    alone = torch.cat([random_model.encode_text([text]) for text in texts])
     torch.testing.assert_close(together, alone, **ROUNDING)
     torch.testing.assert_close(random_model.encode_text(texts[::-1]), together.flip(0), **ROUNDING)
-    pictures = [row["image"] for row in scene_rows[:3]]
-    torch.testing.assert_close(
-        random_model.encode_image(pictures, batch_size=2),
-        torch.cat([random_model.encode_image([p]) for p in pictures]),
-        **ROUNDING,
-    )
+    torch.testing.assert_close(random_model.encode_text(texts, batch_size=2), alone, **ROUNDING)
+    images = [row["image"] for row in scene_rows[:3]]
+    alone = torch.cat([random_model.encode_image([image]) for image in images])
+    torch.testing.assert_close(random_model.encode_image(images, batch_size=2), alone, **ROUNDING)
+
+
+def test_nothing_to_encode_gives_no_rows(random_model):
+    width = random_model.lvlm.config.decoder.hidden_size
+    assert random_model.encode_text([]).shape == random_model.encode_image([]).shape == (0, width)
+
+
+def test_an_image_may_be_a_path(random_model, scene_rows, tmp_path):
+    path = tmp_path / "scene.png"
+    scene_rows[0]["image"].save(path)
+    wanted = random_model.encode_image([scene_rows[0]["image"]])
+    assert torch.equal(random_model.encode_image([path]), wanted)
+    assert torch.equal(random_model.encode_image([str(path)]), wanted)
 
 
 def test_any_text_encodes_and_decodes_without_loss(random_model):
@@ -335,9 +310,17 @@ def test_any_text_encodes_and_decodes_without_loss(random_model):
         assert random_model.encode_text([text]).isfinite().all()
 
 
+def test_a_caption_that_holds_a_field_of_the_template_stays_as_it_is(random_model):
+    sequence = random_model.text_sequence("{prompt} and {caption}")
+    decoded = random_model.tokenizer.decode(sequence.input_ids)
+    prompt = random_model.config.text_prompt
+    assert decoded.strip() == f"USER: {prompt} {{prompt}} and {{caption}}\nASSISTANT:"
+    assert random_model.tokenizer.decode(prompt_ids(sequence)).strip() == prompt
+
+
 @pytest.mark.parametrize(
     "text, message",
-    [("  ", "empty text"), ("a <image> here", "special token"), ("word " * 3000, "positions")],
+    [("  ", "empty text"), ("a <image> here", "special token"), ("word " * 3000, "tokens exceed")],
 )
 def test_refused_texts(random_model, text, message):
     with pytest.raises(ValueError, match=message):
@@ -349,90 +332,27 @@ def test_one_string_instead_of_a_list_is_refused(random_model):
         random_model.encode_text("a red circle")
 
 
-def test_embeddings_of_a_layer_are_the_states_behind_it(random_model, scene_rows):
-    """Up to the last layer without the final norm; the last with it, as the embeddings themselves."""
-    pictures, texts = (
-        [row["image"] for row in scene_rows[:2]],
-        ["a red circle", "a blue square left of a star"],
-    )
-    layers = random_model.lvlm.decoder.layers
-    states = []
-    handle = layers[0].register_forward_hook(lambda block, inputs, out: states.append(out))
-    random_model.encode_image(pictures)
-    handle.remove()
-    summary = random_model.image_sequence().summary
-    torch.testing.assert_close(
-        random_model.image_states(pictures, depth=1), states[0][:, summary], **ROUNDING
-    )
-    for one, other in (
-        (random_model.image_states, random_model.encode_image),
-        (random_model.text_states, random_model.encode_text),
-    ):
-        items = pictures if one == random_model.image_states else texts
-        assert torch.equal(vladva.summary_embedding(one(items, depth=len(layers))), other(items))
-    alone = torch.cat([random_model.text_states([text], depth=1) for text in texts])
-    torch.testing.assert_close(random_model.text_states(texts, depth=1), alone, **ROUNDING)
-
-
-def test_other_hand_prompts_are_those_of_a_model_made_with_them(
-    random_folder, random_model, scene_rows
-):
-    prompts = {
-        "image_prompt": "Name one thing in the image.",
-        "text_prompt": "The text in one word:",
-    }
-    asked = VladVA.from_pretrained(random_folder).with_prompts(**prompts)
-    made = VladVA.from_pretrained(random_folder, settings=Settings(**prompts))
-    assert torch.equal(asked.encode_text(["a red circle"]), made.encode_text(["a red circle"]))
-    assert torch.equal(
-        asked.encode_image([scene_rows[0]["image"]]), made.encode_image([scene_rows[0]["image"]])
-    )
-    with pytest.raises(ValueError, match="soft prompts have replaced"):
-        random_model.with_prompts(**prompts)
-
-
-def test_the_summary_tokens_attention_covers_the_picture_and_no_later_token(
-    random_model, scene_rows
-):
-    """A map per layer and head over the image tokens alone; what it lacks to 1 goes to the other tokens up to the summary token."""
-    picture, config = scene_rows[0]["image"], random_model.lvlm.config
-    maps = random_model.summary_attention(picture)
-    assert maps.shape == (
-        config.decoder.num_hidden_layers,
-        config.decoder.num_attention_heads,
-        config.num_image_tokens,
-    )
-    batch = vladva.collate([random_model.image_sequence()], 0)
-    embeds = random_model.embeds(batch, "image", random_model.image_processor(picture)[None])
-    whole = torch.stack(
-        [weights[0, :, -1] for weights in random_model.lvlm.decoder.attention_maps(embeds)]
-    )  # (layers, H, T)
-    slot = random_model.image_sequence().image_slot
-    torch.testing.assert_close(maps, whole[..., slot : slot + config.num_image_tokens])
-    torch.testing.assert_close(whole.sum(-1), torch.ones(whole.shape[:2]))
-    assert (maps.sum(-1) < 1).all() and maps.min() > 0
-
-
-# ------------------------------------------------------------------------------------------------------ Sec. 3.3
+# ------------------------------------------------------------------------------------- Sec. 3.3
 
 
 def test_a_fresh_adapter_changes_no_embedding(random_folder, scene_rows):
     model = VladVA.from_pretrained(random_folder)
-    before = model.encode_image([scene_rows[0]["image"]]), model.encode_text(["a red circle"])
+    images, texts = [scene_rows[0]["image"]], ["a red circle"]
+    before = model.encode_image(images), model.encode_text(texts)
     model.attach()
-    assert torch.equal(model.encode_image([scene_rows[0]["image"]]), before[0]) and torch.equal(
-        model.encode_text(["a red circle"]), before[1]
-    )
+    assert torch.equal(model.encode_image(images), before[0])
+    assert torch.equal(model.encode_text(texts), before[1])
 
 
 def test_soft_prompts_replace_the_hand_prompts_tokens_and_start_as_their_embeddings(random_folder):
     model = VladVA.from_pretrained(random_folder)
     model.attach()
-    sequence = model.text_sequence("a red circle")
-    ids = torch.tensor(
-        sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
-    )
-    assert torch.equal(model.soft_prompts["text"], model.lvlm.embed(ids))
+    for modality, sequence in (
+        ("image", model.image_sequence()),
+        ("text", model.text_sequence("a red circle")),
+    ):
+        embeddings = model.lvlm.embed(torch.tensor(prompt_ids(sequence)))
+        assert torch.equal(model.soft_prompts[modality], embeddings)
     before = model.encode_text(["a red circle"])
     with torch.no_grad():
         model.soft_prompts["image"].add_(1)
@@ -442,61 +362,204 @@ def test_soft_prompts_replace_the_hand_prompts_tokens_and_start_as_their_embeddi
     assert not torch.allclose(model.encode_text(["a red circle"]), before)
 
 
-def every_logit(model, batch):
+def test_scattered_vectors_stand_at_their_rows_and_columns():
+    inputs_embeds = torch.zeros(2, 5, 1)
+    rows = torch.tensor([[0], [1]])
+    columns = torch.tensor([[0, 1], [3, 4]])
+    vectors = torch.tensor([[1.0], [2.0]])
+    out = vladva.scatter_embeddings(inputs_embeds, vectors, rows, columns)
+    assert out[:, :, 0].tolist() == [[1, 2, 0, 0, 0], [0, 0, 0, 1, 2]]
+    assert inputs_embeds.sum() == 0  # a copy
+
+
+def image_logits(model, batch):
     """(B, T, V) of a TrainingBatch's image sequences."""
-    return model.lvlm.head(model.lvlm.decoder(model.embeds(batch.images, "image", batch.pixels)))
+    with torch.no_grad():
+        embeds = model.inputs_embeds(batch.images, "image", batch.pixels)
+        return model.lvlm.lm_head(model.lvlm.decoder(embeds))
 
 
 def test_disabled_adapters_are_the_untouched_lvlm_to_the_bit(
     random_folder, random_model, scene_rows
 ):
-    untouched, picture = VladVA.from_pretrained(random_folder), scene_rows[0]["image"]
+    untouched = VladVA.from_pretrained(random_folder)
+    image, prompt = scene_rows[0]["image"], "Describe the image."
     batch = untouched.training_batch(scene_rows)
-    with torch.no_grad():
-        wanted = every_logit(untouched, batch)
-        adapted = every_logit(random_model, batch)
-        with random_model.adapter_disabled():
-            found = every_logit(random_model, batch)
-            assert random_model.generate(picture, "Describe the image.", 8) == untouched.generate(
-                picture, "Describe the image.", 8
-            )
-    assert torch.equal(found, wanted) and not torch.allclose(adapted, wanted)
+    wanted = image_logits(untouched, batch)
+    answer = untouched.generate(image, prompt, 24)
+    assert not torch.allclose(image_logits(random_model, batch), wanted)
+    with random_model.adapter_disabled():
+        assert torch.equal(image_logits(random_model, batch), wanted)
+        assert random_model.generate(image, prompt, 24) == answer
+    assert not torch.allclose(image_logits(random_model, batch), wanted)
+
+
+def test_answers_in_a_batch_are_those_of_one_image_at_a_time(random_model, scene_rows):
+    """Prompts of different lengths, so that one of them is padded."""
+    images = [row["image"] for row in scene_rows[:2]]
+    prompts = ["Where?", "Describe the image in detail."]
+    answers = random_model.generate_batch(images, prompts, 12)
+    for image, prompt, answer in zip(images, prompts, answers, strict=True):
+        assert random_model.generate(image, prompt, 12) == answer
 
 
 def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(random_folder, scene_rows):
-    model = VladVA.from_pretrained(random_folder, settings=Settings(rank=4, learn_temperature=True))
+    config = VladVAConfig(lora_rank=4, learn_temperature=True)
+    model = VladVA.from_pretrained(random_folder, config=config)
     model.attach()
     model(model.training_batch(scene_rows)).backward()
-    assert all(p.grad is not None for _, p in model.trained())
+    trained = model.trained_parameters()
+    assert all(p.grad is not None for p in trained.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    assert {name.split(".")[0] for name, _ in model.trained()} == {
-        "lvlm",
-        "soft_prompts",
-        "log_temperature",
-    }
+    assert {name.split(".")[0] for name in trained} == {"lora", "soft_prompt", "loss"}
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert num_trained == sum(p.numel() for p in trained.values())
 
 
-# ------------------------------------------------------------------------------------------------------ saving
+@pytest.mark.parametrize(
+    "config, prefixes",
+    [({"soft_prompts": False}, {"lora"}), ({"lora": False}, {"soft_prompt"})],
+)
+def test_each_part_can_be_trained_alone(random_folder, scene_rows, config, prefixes):
+    model = VladVA.from_pretrained(random_folder, config=VladVAConfig(**config))
+    model.attach()
+    assert {name.split(".")[0] for name in model.trained_parameters()} == prefixes
+    model(model.training_batch(scene_rows)).backward()
+    assert all(p.grad is not None for p in model.trained_parameters().values())
 
 
-def test_save_load_in_a_new_process_gives_identical_embeddings(
+def test_the_learned_temperature_starts_as_the_configs_and_stays_within_its_bounds(random_folder):
+    config = VladVAConfig(temperature=0.2, learn_temperature=True)
+    model = VladVA.from_pretrained(random_folder, config=config)
+    assert model.temperature == 0.2
+    model.attach()
+    assert model.temperature.item() == pytest.approx(0.2, rel=1e-6)  # float32
+    for log_temperature, temperature in ((-9.0, 0.01), (3.0, 1.0)):
+        with torch.no_grad():
+            model.loss_parameters["log_temperature"].fill_(log_temperature)
+        assert model.temperature.item() == pytest.approx(temperature)
+
+
+def test_a_trained_parameter_that_no_group_takes_is_an_error(random_model):
+    """It would be trained by nobody, and missing from the saved adapter."""
+    random_model.extra = nn.Parameter(torch.zeros(3))
+    for use in (random_model.parameter_groups, random_model.trained_parameters):
+        with pytest.raises(ValueError, match="extra is trained, but no group"):
+            use()
+
+
+# --------------------------------------------------------------------------- a loss of one's own
+
+
+def margin_loss(model, emb):
+    """A loss with a parameter: how far pairs are from a learned margin, and Eq. 1's scale."""
+    margin = model.loss_parameters["margin"]
+    return ((emb.image * emb.text).sum(-1) - margin).square().mean()
+
+
+@pytest.fixture
+def margin_model(random_folder, monkeypatch):
+    """A model that trains with an entry of LOSSES that a user added."""
+    entry = EmbeddingLoss(margin_loss, parameters=lambda config: {"margin": 0.25})
+    monkeypatch.setitem(LOSSES, "margin", entry)
+    config = VladVAConfig(loss="margin", lora_rank=2)
+    model = VladVA.from_pretrained(random_folder, config=config)
+    model.attach()
+    return model
+
+
+RATES = train.TrainConfig(lr=1e-3, soft_prompt_lr=1e-3, loss_lr=1e-3)
+
+
+def test_one_entry_of_losses_is_trained_saved_and_reloaded(
+    margin_model, random_folder, scene_rows, tmp_path
+):
+    """Its parameter lands in the groups, the optimizer and the adapter file, with no other line."""
+    margin = margin_model.loss_parameters["margin"]
+    assert margin_model.parameter_groups()["loss"] == {"loss.margin": margin}
+    optimizer = train.make_optimizer(margin_model, RATES)
+    optimized = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(optimized) == sorted(map(id, margin_model.trained_parameters().values()))
+    loss = margin_model(margin_model.training_batch(scene_rows))
+    loss.backward()
+    optimizer.step()
+    assert margin.item() != 0.25
+    margin_model.save_adapter(tmp_path)
+    again = VladVA.from_pretrained(random_folder, adapter=tmp_path)
+    assert again.config == margin_model.config
+    assert torch.equal(again.loss_parameters["margin"], margin)
+    texts = ["a red circle"]
+    assert torch.equal(again.encode_text(texts), margin_model.encode_text(texts))
+
+
+@pytest.mark.xfail(reason="the core refuses an adapter whose loss is not registered", strict=False)
+def test_an_adapter_of_an_unregistered_loss_still_encodes(
+    margin_model, random_folder, tmp_path, monkeypatch
+):
+    """Who uses an adapter need not have the loss that it was trained with."""
+    margin_model.save_adapter(tmp_path)
+    wanted = margin_model.encode_text(["a red circle"])
+    monkeypatch.delitem(LOSSES, "margin")
+    again = VladVA.from_pretrained(random_folder, adapter=tmp_path)
+    assert torch.equal(again.encode_text(["a red circle"]), wanted)
+    again.save_adapter(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter.safetensors")["loss.margin"] == 0.25
+
+
+def further_texts_loss(model, emb):
+    return emb.texts.square().sum()
+
+
+def test_a_loss_takes_the_parts_of_the_rows_that_it_names(random_folder, scene_rows, monkeypatch):
+    """Further texts alone: no short caption is embedded, and Eq. 2 stays beside it."""
+    monkeypatch.setitem(LOSSES, "further", EmbeddingLoss(further_texts_loss, inputs=("texts",)))
+    rows = [scene_rows[0] | {"texts": ["a", "a b"]}, scene_rows[1] | {"texts": ["c"]}]
+    rows.append({"image": None, "short": None, "long": None, "texts": ["d e", "f"]})
+    model = VladVA.from_pretrained(random_folder, config=VladVAConfig(loss="further"))
+    batch = model.training_batch(rows)
+    emb, caption_states = model.embed_batch(batch)
+    assert (len(emb.image), len(emb.text), len(emb.texts)) == (0, 0, 5)
+    wanted = model.encode_text(["a", "a b", "c", "d e", "f"])
+    torch.testing.assert_close(emb.texts, wanted, **ROUNDING)
+    next_token = vladva.next_token_loss(
+        caption_states, batch.caption_targets, model.lvlm.lm_head.weight
+    )
+    # five vectors of length 1, in float32
+    assert model(batch).item() == pytest.approx(5 + next_token.item(), rel=1e-5)
+    plain = VladVA.from_pretrained(random_folder).training_batch(rows)
+    assert plain.further_texts is None and len(plain.image_of_text) == 2
+
+
+# --------------------------------------------------------------------------------------- saving
+
+
+def test_a_new_process_with_the_saved_adapter_gives_identical_embeddings(
     random_folder, random_model, tmp_path
 ):
     random_model.save_adapter(tmp_path)
-    scenes.render(scenes.make_scene(0, 0)).save(tmp_path / "scene.png")
-    here = (
-        random_model.encode_image([tmp_path / "scene.png"]),
-        random_model.encode_text(["a red circle"]),
-    )
+    image = str(tmp_path / "image.png")
+    Image.fromarray(seeded_image((50, 40))).save(image)
+    here = random_model.encode_image([image]), random_model.encode_text(["a red circle"])
     script = f"""
 import torch, vladva
 torch.set_num_threads(2)
 model = vladva.VladVA.from_pretrained({str(random_folder)!r}, adapter={str(tmp_path)!r})
-torch.save((model.encode_image([{str(tmp_path / "scene.png")!r}]), model.encode_text(["a red circle"])), {str(tmp_path / "there.pt")!r})
+emb = model.encode_image([{image!r}]), model.encode_text(["a red circle"])
+torch.save(emb, {str(tmp_path / "there.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=data.NAMES["tiny"].parent.parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=data.TINY.parents[1])
     there = torch.load(tmp_path / "there.pt", weights_only=True)
     assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+
+
+def test_an_adapter_file_holds_float32_tensors_by_name_and_the_config(random_model, tmp_path):
+    random_model.save_adapter(tmp_path)
+    tensors, config = vladva.read_adapter(tmp_path)
+    assert config == random_model.config
+    assert tensors.keys() == random_model.trained_parameters().keys()
+    for name, p in random_model.trained_parameters().items():
+        assert torch.equal(tensors[name], p) and tensors[name].dtype == torch.float32
+    assert {"lora.layers.0.self_attn.q_proj.lora_a", "soft_prompt.image"} <= tensors.keys()
 
 
 def test_an_adapter_of_another_model_is_refused(random_model, tmp_path):
@@ -505,48 +568,44 @@ def test_an_adapter_of_another_model_is_refused(random_model, tmp_path):
         VladVA.from_pretrained("tiny", adapter=tmp_path)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_merged_folder_embeds_the_same_from_its_documented_prompts(tied, tmp_path, scene_rows):
-    """Plain decoder, no LoRA, no soft prompts: the strings of vladva.json alone."""
-    model = shaken(
-        VladVA.from_pretrained(
-            make_folder(tmp_path, random_config(tie_word_embeddings=tied)),
-            settings=Settings(rank=4),
-        )
-    )
-    model.save_merged(tmp_path / "merged")
-    plain, prompts = (
-        VladVA.from_pretrained(tmp_path / "merged"),
-        json.loads((tmp_path / "merged" / "vladva.json").read_text()),
-    )
-    assert not lora.lora_layers(plain.lvlm)
-    ids = plain.tokenizer.encode(prompts["text"].format(caption="a red circle")).ids
-    with torch.no_grad():
-        text_emb = F.normalize(
-            plain.lvlm.decoder(plain.lvlm.embed(torch.tensor([ids])))[:, -1], dim=-1
-        )
-        ids = plain.tokenizer.encode(prompts["image"]).ids
-        slot = ids.index(plain.tokenizer.image_id)
-        ids[slot : slot + 1] = [plain.tokenizer.image_id] * plain.lvlm.config.num_image_tokens
-        features = plain.lvlm.image_features(plain.image_processor(scene_rows[0]["image"])[None])
-        image_emb = F.normalize(
-            plain.lvlm.decoder(
-                lvlm_module.place(
-                    plain.lvlm.embed(torch.tensor([ids])), features, torch.tensor([slot])
-                )
-            )[:, -1],
-            dim=-1,
-        )
-    torch.testing.assert_close(text_emb, model.encode_text(["a red circle"]), **ROUNDING)
-    torch.testing.assert_close(image_emb, model.encode_image([scene_rows[0]["image"]]), **ROUNDING)
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("soft_prompt.text", None, "soft_prompt.text is missing"),
+        ("soft_prompt.text", "soft_prompt.texts", "soft_prompt.texts is unexpected"),
+        (None, "loss.margin", "loss.margin is unexpected"),
+    ],
+)
+def test_adapter_files_are_strict_on_names(
+    random_model, random_folder, tmp_path, old, new, message
+):
+    random_model.save_adapter(tmp_path)
+    path = tmp_path / "adapter.safetensors"
+    tensors = load_file(path)
+    tensor = tensors.pop(old) if old else torch.zeros(())
+    if new:
+        tensors[new] = tensor
+    about = {"base": "random", "config": {"lora_rank": 4}}
+    save_file(tensors, path, {"adapter": json.dumps(about)})
+    with pytest.raises(ValueError, match=f"does not fit .*{message}"):
+        VladVA.from_pretrained(random_folder, adapter=tmp_path)
 
 
-def test_nothing_to_merge_is_refused(random_folder, tmp_path):
-    with pytest.raises(ValueError, match="no adapter to merge"):
-        VladVA.from_pretrained(random_folder).save_merged(tmp_path)
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (None, "carries no config"),
+        ({"adapter": json.dumps({"config": {"rank": 4}})}, r"unknown fields \['rank'\]"),
+        ({"adapter": json.dumps({"config": {"lora_rank": "4"}})}, "lora_rank is '4', wanted .*int"),
+    ],
+)
+def test_an_adapter_file_with_another_config_is_refused(random_folder, tmp_path, metadata, message):
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter.safetensors", metadata)
+    with pytest.raises(ValueError, match=f"adapter.safetensors.*{message}"):
+        VladVA.from_pretrained(random_folder, adapter=tmp_path)
 
 
-def test_missing_and_foreign_adapters_are_refused(random_folder, tmp_path):
+def test_missing_and_broken_adapters_are_refused(random_folder, tmp_path):
     with pytest.raises(ValueError, match="adapter.safetensors not found"):
         VladVA.from_pretrained(random_folder, adapter=tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(b"not a safetensors file")
@@ -554,34 +613,39 @@ def test_missing_and_foreign_adapters_are_refused(random_folder, tmp_path):
         VladVA.from_pretrained(random_folder, adapter=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# --------------------------------------------------------------------------------- command line
 
 
 def test_the_command_prints_the_similarity_table(random_folder, tmp_path, capsys):
-    files = [str(tmp_path / f"{i}.png") for i in range(2)]
-    for i, file in enumerate(files):
-        scenes.render(scenes.make_scene(0, i)).save(file)
-    vladva.main([*files, "a red circle", "a blue ring", "--model", str(random_folder)])
-    out = capsys.readouterr().out
-    sim = vladva.similarity(
-        (model := VladVA.from_pretrained(random_folder)).encode_image(files),
-        model.encode_text(["a red circle", "a blue ring"]),
-    )
-    assert all(f"{value:.3f}" in out for value in sim.flatten().tolist()) and "a blue ring" in out
+    files = []
+    for size in ((50, 40), (40, 60)):
+        files.append(str(tmp_path / f"{size[0]}.png"))
+        Image.fromarray(seeded_image(size)).save(files[-1])
+    texts = ["a red circle", "a blue ring"]
+    vladva.main([*files, *texts, "--model", str(random_folder)])
+    lines = capsys.readouterr().out.splitlines()
+    model = VladVA.from_pretrained(random_folder)
+    sim = vladva.similarity(model.encode_image(files), model.encode_text(texts))
+    assert lines[0].split("  ")[-2:] == texts
+    for line, file, values in zip(lines[2:], files, sim.tolist(), strict=True):
+        assert line.split() == [file, *(f"{value:.3f}" for value in values)]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["no.jpg", "a cat"], "no.jpg: no such picture file"),
-        (["a cat", "a dog"], "at least one of each"),
-        (["x.png", "a", "--model", "nowhere"], "no model folder 'nowhere'"),
+        (["no.jpg", "a cat"], "no.jpg: no such image file"),
+        (["a cat", "a dog"], "one of each is needed"),
+        (["x.png", "a", "--model", "nowhere"], "'nowhere': give tiny"),
         (["x.png", "a", "--device", "cuda:99"], "--device cuda:99"),
+        (["x.png", "a", "--adapter", "nowhere"], "adapter.safetensors not found"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, random_folder, capsys):
-    model = [] if "--model" in arguments else ["--model", str(random_folder)]
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", str(random_folder)]
     with pytest.raises(SystemExit) as stopped:
-        vladva.main(arguments + model)
+        vladva.main(arguments)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in err and err.count("\n") == 1
+    assert stopped.value.code == 2
+    assert message in err and err.count("\n") == 1
