@@ -13,6 +13,7 @@ Not here: the scenes of the embedded default (extras/scenes.py), figures (extras
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -264,9 +265,9 @@ def read_nocaps(folder: Folder, args) -> Benchmark:
 
 
 def read_hard_negatives(folder: Folder, args, fields: tuple, groups: dict) -> Benchmark:
-    """A file a category. fields: names of the texts of a row, the false one last."""
+    """SugarCrepe and SugarCrepe++, a file a category. fields: the texts of a row, the false last."""
     images, texts, items = IndexedList(), IndexedList(), {}
-    for category in (category for categories in groups.values() for category in categories):
+    for category in itertools.chain(*groups.values()):
         rows = folder.json(f"{category}.json")
         items[category] = []
         for row in rows.values() if isinstance(rows, dict) else rows:  # SugarCrepe's keys have gaps
@@ -277,16 +278,9 @@ def read_hard_negatives(folder: Folder, args, fields: tuple, groups: dict) -> Be
     return Benchmark(images, texts, score, counts)
 
 
-def read_sugarcrepe(folder: Folder, args) -> Benchmark:
-    """One true and one false caption an image, 7 categories."""
-    return read_hard_negatives(folder, args, ("caption", "negative_caption"), GROUPS)
-
-
-def read_sugarcrepe_pp(folder: Folder, args) -> Benchmark:
-    """Two true captions and a false one an image, 5 categories."""
-    groups = {group: GROUPS[group] for group in ("Replace", "Swap")}
-    fields = ("caption", "caption2", "negative_caption")
-    return read_hard_negatives(folder, args, fields, groups)
+SUGARCREPE = {"fields": ("caption", "negative_caption"), "groups": GROUPS}
+SUGARCREPE_PP = {"fields": ("caption", "caption2", "negative_caption")}
+SUGARCREPE_PP |= {"groups": {group: GROUPS[group] for group in ("Replace", "Swap")}}
 
 
 def read_winoground(folder: Folder, args) -> Benchmark:
@@ -332,12 +326,14 @@ def read_imagenet(folder: Folder, args) -> Benchmark:
 
 
 KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent"
+HARD_NEGATIVES = functools.partial(read_hard_negatives, **SUGARCREPE)
+HARD_NEGATIVES_PP = functools.partial(read_hard_negatives, **SUGARCREPE_PP)
 BENCHMARKS = {  # task: its reader, and where its files are published
     "flickr30k": (read_karpathy, f"{KARPATHY}; images: shannon.cs.illinois.edu/DenotationGraph"),
     "coco": (read_karpathy, f"{KARPATHY}; images (val2014): cocodataset.org"),
     "nocaps": (read_nocaps, "nocaps.org"),
-    "sugarcrepe": (read_sugarcrepe, "github.com/RAIVNLab/sugar-crepe; images: cocodataset.org"),
-    "sugarcrepe_pp": (read_sugarcrepe_pp, "github.com/Sri-Harsha/scpp; images: cocodataset.org"),
+    "sugarcrepe": (HARD_NEGATIVES, "github.com/RAIVNLab/sugar-crepe; images: cocodataset.org"),
+    "sugarcrepe_pp": (HARD_NEGATIVES_PP, "github.com/Sri-Harsha/scpp; images: cocodataset.org"),
     "winoground": (read_winoground, "huggingface.co/datasets/facebook/winoground"),
     "imagenet": (read_imagenet, "image-net.org"),
 }

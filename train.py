@@ -13,7 +13,6 @@ memory and time at full size (extras/plan.py).
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -33,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import check_bounds, flag, rank_and_world_size, say
+from data import flag, rank_and_world_size, say
 from eval import HeldOutPairs, Measured, score_table
 from model import DTYPES, from_json, open_safetensors, read_json, write_json
 from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss, read_adapter
@@ -78,9 +77,7 @@ class TrainConfig:
     eval_seed: int = 2000  # of the held-out scenes; settings were chosen on those of seed 1000
 
     def __post_init__(self):
-        check_bounds(self)
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("--steps and --epochs: give one of them")
+        data.check_bounds(self)
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -262,7 +259,7 @@ def sum_gradients(model: VladVA) -> None:
     parameters = model.trained_parameters()
     for name, p in parameters.items():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if name.startswith("loss."):
+        if name.startswith("loss_parameters."):
             p.grad /= world_size
     flat = data.all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters.values()]))
     parts = flat.split([p.numel() for p in parameters.values()])
@@ -272,7 +269,8 @@ def sum_gradients(model: VladVA) -> None:
 
 def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate for each of the model's parameter groups."""
-    rates = {"lora": config.lr, "soft_prompts": config.soft_prompt_lr, "loss": config.loss_lr}
+    rates = {"lora": config.lr, "soft_prompts": config.soft_prompt_lr}
+    rates["loss_parameters"] = config.loss_lr
     groups = []
     for name, parameters in model.parameter_groups().items():
         weight_decay = config.weight_decay if name == "lora" else 0.0
@@ -398,7 +396,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 def last_checkpoint(out: Path) -> str:
     """Where a run would go on, in words."""
-    return f"the last whole one is {checkpoints(out)[-1]}" if checkpoints(out) else "there is none"
+    last = [f"the last checkpoint is {folder}" for folder in checkpoints(out)[-1:]]
+    return "".join(last) or "there is no checkpoint"
 
 
 def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
@@ -441,11 +440,11 @@ def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
 
 def check_finite(line: dict, where: list[str], out: Path) -> None:
     """ValueError when the loss or the gradient norm of a step is not finite; names its rows."""
-    values = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
     if not math.isfinite(line["loss"] + line["grad_norm"]):
-        rows = ", ".join(where[:8])
-        hint = f"{last_checkpoint(out)}: lower --lr, or use --dtype float32"
-        raise ValueError(f"step {line['step']}: {values}; rows {rows} ...; {hint}")
+        problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
+        rows = ", ".join(where[:8]) + " ..." * (len(where) > 8)
+        hint = f"{last_checkpoint(out)}; lower --lr, or use --dtype float32"
+        raise ValueError(f"step {line['step']}: {problem}; rows {rows}; {hint}")
 
 
 # ------------------------------------------------------------------------------- start and end
@@ -474,6 +473,8 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
     steps_per_epoch = max(1, len(rows) // batch_size)
     steps = 140 if config.data == "scenes" else max(140, steps_per_epoch)
     if config.epochs is not None:
+        if config.steps is not None:
+            raise ValueError("--steps and --epochs: give one of them")
         steps = max(1, round(config.epochs * steps_per_epoch))
     lr = 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size if config.lr is None else config.lr
     defaults = {
@@ -488,10 +489,8 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
         "num_workers": 8 if cuda else 0,
     }
     unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    dtype = str(model.lvlm.dtype).removeprefix("torch.")
-    return replace(
-        config, batch_size=batch_size, device=str(model.lvlm.device), dtype=dtype, **unset
-    )
+    unset |= {"device": str(model.lvlm.device), "dtype": str(model.lvlm.dtype).split(".")[1]}
+    return replace(config, batch_size=batch_size, epochs=None, **unset)
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
@@ -506,24 +505,25 @@ def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
     data.barrier()  # all have looked before the first one writes
     if rank_and_world_size()[0] == 0 and not resume:
         out.mkdir(parents=True, exist_ok=True)
-        run = {"train": dataclasses.asdict(config), "method": dataclasses.asdict(method)}
-        write_json(out / "config.json", run | {"torch": torch.__version__})
+        write_json(out / "config.json", vars(config) | vars(method) | {"torch": torch.__version__})
     data.barrier()
     return out
 
 
+def configs_from_flags(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
+    """(TrainConfig, VladVAConfig) of {field: value}; other fields keep their defaults."""
+    config = from_json(TrainConfig, flags, "train", ignore_unknown=True)
+    return config, from_json(VladVAConfig, flags, "method", ignore_unknown=True)
+
+
 def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     """The configs of the run in OUT that goes on; a flag that says otherwise is refused."""
-    out = Path(flags.get("out") or f"runs/{Path(flags.get('model', TrainConfig.model)).name}")
-    run = read_json(out / "config.json")
-    config = from_json(TrainConfig, run.get("train"), f"{out}/config.json train")
-    method = from_json(VladVAConfig, run.get("method"), f"{out}/config.json method")
-    known = dataclasses.asdict(config) | dataclasses.asdict(method)
+    out = flags.get("out") or f"runs/{Path(flags.get('model', TrainConfig.model)).name}"
+    run = read_json(Path(out) / "config.json")
     for name, value in flags.items():
-        if name not in MAY_CHANGE and known[name] != value:
-            raise ValueError(f"{out} cannot go on: {name} was {known[name]!r}, not {value!r}")
-    changes = {name: flags[name] for name in MAY_CHANGE if name in flags}
-    return replace(config, **{"out": str(out), "device": None} | changes), method
+        if name not in MAY_CHANGE and run.get(name) != value:
+            raise ValueError(f"{out} cannot go on: {name} was {run.get(name)!r}, not {value!r}")
+    return configs_from_flags(run | {"device": None} | flags | {"out": out})
 
 
 def announce(config: TrainConfig, model: VladVA, rows) -> None:
@@ -566,20 +566,12 @@ def report(out: Path, held_out, before: Measured | None, after: Measured | None)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", description="Adapt an LVLM (VladVA).")
+    about = "Adapt an LVLM into an embedding model (VladVA)."
+    parser = argparse.ArgumentParser(prog="train.py", description=about)
     data.add_config_flags(parser, TrainConfig)
     data.add_config_flags(parser, VladVAConfig)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return parser
-
-
-def configs_from_flags(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
-    """(TrainConfig, VladVAConfig) with the flags that were used."""
-    method_fields = {f.name for f in dataclasses.fields(VladVAConfig)}
-    method = {name: value for name, value in flags.items() if name in method_fields}
-    return TrainConfig(**{k: v for k, v in flags.items() if k not in method}), VladVAConfig(
-        **method
-    )
 
 
 @data.command

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import data
 from data import flag
-from lora import attach_lora, lora_disabled, lora_layers
+from lora import attach_lora, lora_disabled
 from model import DTYPES, LVLM, check_shapes, from_json, generate, load_lvlm, open_safetensors
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
@@ -231,8 +231,7 @@ class VladVA(nn.Module):
         for name, value in LOSSES[self.config.loss].parameters(self.config).items():
             self.loss_parameters[name] = nn.Parameter(torch.tensor(value, device=self.lvlm.device))
         if self.config.lora:
-            rank, alpha = self.config.lora_rank, self.config.lora_alpha
-            attach_lora(self.lvlm.decoder, rank, alpha, seed)
+            attach_lora(self.lvlm.decoder, self.config.lora_rank, self.config.lora_alpha, seed)
         if self.config.soft_prompts:
             for modality in ("image", "text"):
                 ids = torch.tensor(self.hand_prompt_ids(modality), device=self.lvlm.device)
@@ -246,29 +245,22 @@ class VladVA(nn.Module):
         return sequence.input_ids[sequence.prompt_start :][: sequence.prompt_length]
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """{group: {name in the adapter file: parameter}} of all that is trained.
+        """{group: {name: parameter}} of all that is trained; a parameter of no group is an error.
 
-        The optimizer, the saved adapter and the sum over processes take what stands here; a trained
-        parameter that does not is an error.
+        The optimizer, the saved adapter and the sum over processes take what stands here.
         """
-        groups = {"lora": {}, "soft_prompts": {}, "loss": {}}
-        for name, layer in lora_layers(self.lvlm.decoder).items():
-            groups["lora"][f"lora.{name}.lora_a"] = layer.lora_a
-            groups["lora"][f"lora.{name}.lora_b"] = layer.lora_b
-        for name, p in self.soft_prompts.items():
-            groups["soft_prompts"][f"soft_prompt.{name}"] = p
-        for name, p in self.loss_parameters.items():
-            groups["loss"][f"loss.{name}"] = p
-        grouped = {id(p) for group in groups.values() for p in group.values()}
+        groups = {"lora": {}, "soft_prompts": {}, "loss_parameters": {}}
         for name, p in self.named_parameters():
-            if p.requires_grad and id(p) not in grouped:
-                raise ValueError(f"{name} is trained, but no group of parameter_groups holds it")
+            if p.requires_grad:
+                group = "lora" if name.endswith(("lora_a", "lora_b")) else name.split(".")[0]
+                if group not in groups:
+                    raise ValueError(f"{name} is trained, but belongs to none of {list(groups)}")
+                groups[group][name] = p
         return groups
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """{name in the adapter file: parameter} of all groups."""
-        groups = self.parameter_groups()
-        return groups["lora"] | groups["soft_prompts"] | groups["loss"]
+        """{name: parameter} of all groups."""
+        return {name: p for group in self.parameter_groups().values() for name, p in group.items()}
 
     @property
     def temperature(self):
