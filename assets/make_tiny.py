@@ -1,21 +1,22 @@
-"""Makes assets/tiny: a LLaVA-shaped LVLM of about two million parameters, pre-trained generatively on rendered scenes.
+"""Makes assets/tiny: a LLaVA-shaped LVLM of two million parameters, pre-trained on rendered scenes.
 
-    python assets/make_tiny.py --out /tmp/tiny     # about half an hour on 2 CPU cores
+    python assets/make_tiny.py --out /tmp/tiny  # about half an hour on 2 CPU cores
 
-After LLaVA's stages: (1) a warm-up of the vision tower and projector, standing in for CLIP's pre-training and LLaVA's feature alignment:
-every patch names its object's colour, shape, size, texture, cell and background *through the projector, against the decoder's own word
-embeddings*, so that image tokens start as visual words; (2) the paper's Eq. 2 on conversations about scenes and about captions, all weights
-but the vision tower's; it starts on crowded scenes, whose five to nine look-ups a picture teach looking up within 400 steps.
+After LLaVA's stages: (1) a warm-up of the vision tower and projector, standing in for CLIP's
+pre-training and LLaVA's feature alignment: every patch names its object's colour, shape, size,
+texture, cell and background through the projector, against the decoder's own word embeddings, so
+that image tokens start as visual words; (2) the paper's Eq. 2 on conversations about scenes and
+about captions, all weights but the vision tower's; it starts on crowded scenes, whose five to nine
+look-ups an image teach looking up within 400 steps.
 
-Held out of stage 2: sizes, textures, and how objects lie to each other. No answer and no caption speaks of them, so that the long captions
-of the adaptation have something to teach.
+Held out of stage 2: sizes, textures, and how objects lie to each other. No answer and no caption
+speaks of them, so that the long captions of the adaptation have something to teach.
 
 Not here: anything discriminative. The result has never seen a contrastive loss.
 """
 
 import argparse
 import copy
-import json
 import math
 import os
 import random
@@ -24,24 +25,26 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: one process a core is twice as fast as one process with two threads
-)
+# before torch is imported: one process a core is twice as fast as one process with two threads
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
 from extras import scenes
-from model import LVLM, parse_config, place, save_lvlm
-from vladva import next_token_loss
+from extras.export import save_lvlm
+from model import LVLM, parse_config, write_json
+from vladva import next_token_loss, scatter_embeddings
 
 PRETRAIN_SEED = 3000  # its scenes are nobody else's: train.py and eval.py use other seeds
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 
-# How a family of answers is asked for: the wordings that the method uses come often, the others teach what "in one word" means.
+# How a family of answers is asked for: the wordings that the method uses come often, the others
+# teach what "in one word" means.
 VERBS = ("Summarize", "Describe", "Express", "Caption")
 NOUNS = {
     "image": (
@@ -117,48 +120,47 @@ OWN = {  # wordings of their own, {noun} without its article's variants
 
 
 def ask_for(family, modality, rng):
-    """A prompt of a family ("one" word, "few" words, "brief", "detail", "list", ...) about an "image" or a "text"."""
+    """A prompt of a family ("one" word, "few" words, "brief", ...) about an "image" or a "text"."""
     if family in MANNERS and rng.random() < 0.5:
         return f"{rng.choice(VERBS)} {rng.choice(NOUNS[modality])} {rng.choice(MANNERS[family])}"
     return rng.choice(OWN[family]).format(noun=modality)
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
+# --------------------------------------------------------------------------------------- tokenizer
 
 
 def vocabulary_words():
-    """Every word and mark that captions, questions and prompts use, without and with the blank before it."""
+    """Every word and mark of captions, questions and prompts."""
     rng = random.Random(0)
-    texts = [
-        ask_for(family, modality, rng) for family in OWN for modality in NOUNS for _ in range(200)
-    ] + ["USER: ASSISTANT:\n"]
+    texts = []
+    for family in OWN:
+        for modality in NOUNS:
+            texts += [ask_for(family, modality, rng) for _ in range(200)]
+    texts.append("USER: ASSISTANT:\n")
     for index in range(400):
-        scene, rng = scenes.make_scene(PRETRAIN_SEED - 1, index), random.Random(index)
-        texts += [
-            str(scenes.short_caption(scene, rng)),
-            scenes.long_caption(scene, rng),
-            *scenes.question(scene, rng),
-        ]
-    pieces = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
-    words = {piece.strip(" ") for text in texts for piece, _ in pieces.pre_tokenize_str(text)} - {
-        ""
-    }
-    return sorted(words)
+        scene = scenes.make_scene(PRETRAIN_SEED - 1, index)
+        rng = random.Random(index)
+        texts += [str(scenes.short_caption(scene, rng)), scenes.long_caption(scene, rng)]
+        texts += question(scene, rng, scenes.ATTRIBUTES)
+    split = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
+    words = set()
+    for text in texts:
+        words |= {piece.strip(" ") for piece, _ in split.pre_tokenize_str(text)}
+    return sorted(words - {""})
 
 
 WORD_PATTERN = r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+?"
 
 
 def make_tokenizer():
-    """Byte-level BPE with the scene words whole: any text encodes without loss, other words byte by byte."""
+    """Byte-level BPE with the scene words whole; other words are spelled byte by byte."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = {token: i for i, token in enumerate(SPECIAL)}
-    spelled = [
-        spell.pre_tokenize_str(blank + word)[0][0]
-        for word in vocabulary_words()
-        for blank in ("", " ")
-    ]
-    for token in sorted(pre_tokenizers.ByteLevel.alphabet()) + spelled:
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for word in vocabulary_words():
+        for space in ("", " "):
+            tokens.append(spell.pre_tokenize_str(space + word)[0][0])
+    for token in tokens:
         vocab.setdefault(token, len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -182,56 +184,74 @@ def save_folder(lvlm, tokenizer, out):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     files = {
         "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
+            "do_center_crop": True, "crop_size": {"height": side, "width": side},
+            "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": data.CLIP_MEAN, "image_std": data.CLIP_STD,
         },
         "processor_config.json": {
-            "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": patch, "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
+            "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": patch,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
         },
         "tokenizer_config.json": names
-        | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "clean_up_tokenization_spaces": False},
+        | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024,
+           "clean_up_tokenization_spaces": False},
         "special_tokens_map.json": names,
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4},
     }  # fmt: skip
     for name, content in files.items():
-        Path(out, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(out, name), content)
 
 
-# ------------------------------------------------------------------------------------------------------ initial weights
+# --------------------------------------------------------------------------------- initial weights
 
 
 def tiny_config(vocab_size):
     """config.json of the tiny model."""
-    vision = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4,
-              "image_size": 96, "patch_size": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}  # fmt: skip
-    text = {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
-            "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}  # fmt: skip
-    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": SPECIAL.index("<image>"),
-            "pad_token_id": 4, "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-            "image_seq_length": 36, "tie_word_embeddings": True, "torch_dtype": "float16", "vision_config": vision, "text_config": text}  # fmt: skip
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 96, "patch_size": 16,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128,
+    }  # fmt: skip
+    text = {
+        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128,
+        "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 1024, "hidden_act": "silu", "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4,
+    }  # fmt: skip
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": SPECIAL.index("<image>"), "pad_token_id": 4,
+        "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", "image_seq_length": 36,
+        "tie_word_embeddings": True, "torch_dtype": "float16",
+        "vision_config": vision, "text_config": text,
+    }  # fmt: skip
 
 
 def sine_cosine(count, width):
-    """Sine-cosine features of a square grid, (count, width), std about .55: with the usual .02 they drown beside the patches."""
+    """Sine-cosine features of a square grid, (count, width), with a deviation of about 0.55.
+
+    With the usual 0.02 they drown beside the patches.
+    """
     side = math.isqrt(count)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frequencies = 2 * torch.exp(-torch.arange(width // 4) * math.log(20.0) / (width // 4))
-    return 0.78 * torch.cat(
-        [
-            f(axis.flatten()[:, None] * frequencies)
-            for axis in (y, x)
-            for f in (torch.sin, torch.cos)
-        ],
-        dim=1,
-    )
+    waves = []
+    for axis in (y, x):
+        angles = axis.flatten()[:, None] * frequencies
+        waves += [torch.sin(angles), torch.cos(angles)]
+    return 0.78 * torch.cat(waves, dim=1)
 
 
 @torch.no_grad()
 def initialise(lvlm):
-    """Small normal weights, and "mimetic" attention in the decoder: W_q = W_k orthogonal, W_o = W_v^T, which starts it as a look-up."""
+    """Small normal weights, and "mimetic" attention in the decoder, which starts as a look-up.
+
+    W_q = W_k orthogonal, W_o = W_v^T.
+    """
     for module in lvlm.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             fan_in = module.weight[0].numel()
@@ -242,9 +262,9 @@ def initialise(lvlm):
     lvlm.decoder.embed_tokens.weight.normal_(std=0.3)
     lvlm.vision.class_embedding.normal_(std=0.02)
     lvlm.vision.position_embedding.weight.normal_(std=0.02)
-    lvlm.vision.position_embedding.weight[1:] = sine_cosine(
-        lvlm.config.num_image_tokens, lvlm.config.vision.hidden_size
-    )
+    num_patches = math.prod(lvlm.config.image_grid())
+    position_features = sine_cosine(num_patches, lvlm.config.vision.hidden_size)
+    lvlm.vision.position_embedding.weight[1:] = position_features
     depth = 2 * len(lvlm.decoder.layers)
     for block in lvlm.decoder.layers:
         attention = block.self_attn
@@ -259,7 +279,7 @@ def initialise(lvlm):
         block.mlp["fc2"].weight.mul_(0.3)
 
 
-# ------------------------------------------------------------------------------------------------------ stage 1: visual words
+# --------------------------------------------------------------------------- stage 1: visual words
 
 FAMILIES = {
     "colour": tuple(scenes.COLOURS),
@@ -276,129 +296,98 @@ def patch_labels(scene, side):
     by_cell = {thing.cell: thing for thing in scene.things}
     labels = {family: [] for family in FAMILIES}
     for patch in range(side * side):
-        cell = (patch // side) * scenes.GRID // side * scenes.GRID + (
-            patch % side
-        ) * scenes.GRID // side
+        row, column = divmod(patch, side)
+        cell = row * scenes.GRID // side * scenes.GRID + column * scenes.GRID // side
         thing = by_cell.get(cell)
         for family, words in FAMILIES.items():
-            word = (
-                scenes.POSITIONS[cell]
-                if family == "place"
-                else scene.background
-                if family == "background"
-                else thing and getattr(thing, family)
-            )
+            if family == "place":
+                word = scenes.POSITIONS[cell]
+            elif family == "background":
+                word = scene.background
+            else:
+                word = thing and getattr(thing, family)
             labels[family].append(words.index(word) if word else -100)
     return {family: torch.tensor(values) for family, values in labels.items()}
 
 
-def normalise(pictures):
+def normalize_pixels(images):
     """uint8 (B, height, width, 3) -> (B, 3, height, width) with CLIP's mean and deviation."""
     mean, std = torch.tensor(data.CLIP_MEAN), torch.tensor(data.CLIP_STD)
-    return ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def warm_up(lvlm, tokenizer, pictures, labels, args):
-    """Teach vision tower and projector to say, in every patch, the decoder's words for what is there."""
-    words = {
-        family: torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in names])
-        for family, names in FAMILIES.items()
-    }
-    parameters = [
-        *lvlm.vision.parameters(),
-        *lvlm.projector.parameters(),
-        lvlm.decoder.embed_tokens.weight,
-    ]
+def warm_up(lvlm, tokenizer, images, labels, args):
+    """Teach vision tower and projector to say the decoder's words for what is in every patch."""
+    words = {}
+    for family, names in FAMILIES.items():
+        words[family] = torch.tensor([tokenizer.token_to_id("Ġ" + word) for word in names])
+    embedding = lvlm.decoder.embed_tokens.weight
+    parameters = [*lvlm.vision.parameters(), *lvlm.projector.parameters(), embedding]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(args.seed)
     for step in range(args.warm_up_steps):
+        cosine = math.cos(step / args.warm_up_steps * math.pi / 2)
         for group in optimizer.param_groups:
-            group["lr"] = (
-                1e-3
-                * min(1, (step + 1) / 100)
-                * max(0.02, math.cos(step / args.warm_up_steps * math.pi / 2))
-            )
-        rows = torch.randint(len(pictures), (64,), generator=generator)
-        tokens = lvlm.image_features(normalise(pictures[rows]))  # (B, N, D)
+            group["lr"] = 1e-3 * min(1, (step + 1) / 100) * max(0.02, cosine)
+        rows = torch.randint(len(images), (64,), generator=generator)
+        tokens = lvlm.image_features(normalize_pixels(images[rows]))  # (B, N, D)
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        loss, right = 0, {}
+        loss = 0
+        right = {}
         for family in FAMILIES:
-            logits = tokens @ lvlm.decoder.embed_tokens.weight[words[family]].T  # (B, N, words)
+            logits = tokens @ embedding[words[family]].T  # (B, N, words)
             target = labels[family][rows]
-            loss = loss + (0.25 if family == "background" else 1.0) * F.cross_entropy(
-                logits.flatten(0, 1), target.flatten(), ignore_index=-100
-            )
+            weight = 0.25 if family == "background" else 1.0
+            flat = (logits.flatten(0, 1), target.flatten())
+            loss = loss + weight * F.cross_entropy(*flat, ignore_index=-100)
             right[family] = (logits.argmax(-1) == target)[target != -100].float().mean().item()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            log(
-                f"warm-up step {step + 1} loss {loss.item():.3f} patches right: "
-                + " ".join(f"{family} {value:.3f}" for family, value in right.items())
-            )
+            shares = " ".join(f"{family} {value:.3f}" for family, value in right.items())
+            log(f"warm-up step {step + 1} loss {loss.item():.3f} patches right: {shares}")
 
 
-# ------------------------------------------------------------------------------------------------------ stage 2: conversations
+# -------------------------------------------------------------------------- stage 2: conversations
 
 
 def image_turns(scene, rng):
-    """[(ask, answer), ...] about a picture."""
-    if (
-        len(scene.things) > 4
-    ):  # a crowded scene is there for its look-ups: as many as a picture can hold
-        name = rng.choice(("colour", "shape", "kind", "kind", "kind"))
-        values = [getattr(thing, name) for thing in scene.things]
-        things = [
-            thing
-            for thing in rng.sample(scene.things, len(scene.things))
-            if values.count(getattr(thing, name)) == 1
-        ]
-        if name != "kind" and things:
-            return [
-                (
-                    ask_for(name, "image", rng),
-                    ", ".join(
-                        f"{getattr(thing, name)} {scenes.POSITIONS[thing.cell]}" for thing in things
-                    ),
-                )
-            ]
-        shuffled = tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things)))
-        return [
-            (
-                ask_for("list", "image", rng),
-                str(scenes.Caption(rng.choice(scenes.OPENINGS), shuffled, None, True, None)),
-            )
-        ]
-    kind = rng.choices(
-        ("list", "detail", "brief", "few", "questions", "one", "second"), (16, 26, 18, 3, 24, 10, 3)
-    )[0]
-    if kind == "list":
-        return [
-            (
-                ask_for("list", "image", rng),
-                str(brief_caption(scene, rng, "position", len(scene.things))),
-            )
-        ]
-    if kind == "detail":
-        return [(ask_for("detail", "image", rng), full_caption(scene, rng))]
-    if kind == "brief":
-        return [(ask_for("brief", "image", rng), str(brief_caption(scene, rng)))]
-    if kind == "few":
-        return [(ask_for("few", "image", rng), scenes.few_words(scene, rng)), question(scene, rng)]
+    """[(question, answer), ...] about an image."""
+    if len(scene.things) > 4:
+        return [crowded_turn(scene, rng)]
+    kinds = ("list", "detail", "brief", "few", "questions", "one", "second")
+    kind = rng.choices(kinds, (16, 26, 18, 3, 24, 10, 3))[0]
     if kind == "questions":
         return [question(scene, rng) for _ in range(4)]
+    ask = ask_for("one" if kind == "second" else kind, "image", rng)
+    if kind == "list":
+        return [(ask, str(brief_caption(scene, rng, "position", len(scene.things))))]
+    if kind == "detail":
+        return [(ask, full_caption(scene, rng))]
+    if kind == "brief":
+        return [(ask, str(brief_caption(scene, rng)))]
+    if kind == "few":
+        return [(ask, few_words(scene, rng)), question(scene, rng)]
     if kind == "one":
-        return [
-            (ask_for("one", "image", rng), scenes.one_word(scene, rng)),
-            question(scene, rng),
-            question(scene, rng),
-        ]
-    return [
-        (ask_for("one", "image", rng), ""),
-        ("Describe the image in detail.", full_caption(scene, rng)),
-    ]
+        return [(ask, one_word(scene, rng)), question(scene, rng), question(scene, rng)]
+    return [(ask, ""), ("Describe the image in detail.", full_caption(scene, rng))]
+
+
+def crowded_turn(scene, rng):
+    """As many look-ups as an image can hold: what is where, for each of five to nine objects."""
+    name = rng.choice(("colour", "shape", "kind", "kind", "kind"))
+    values = [getattr(thing, name) for thing in scene.things]
+    shuffled = rng.sample(scene.things, len(scene.things))
+    unique = [thing for thing in shuffled if values.count(getattr(thing, name)) == 1]
+    if name != "kind" and unique:
+        ask = ask_for(name, "image", rng)
+        places = [f"{getattr(thing, name)} {scenes.POSITIONS[thing.cell]}" for thing in unique]
+        return ask, ", ".join(places)
+    mentions = tuple((thing, ()) for thing in rng.sample(scene.things, len(scene.things)))
+    ask = ask_for("list", "image", rng)
+    return ask, str(scenes.Caption(rng.choice(scenes.OPENINGS), mentions, None, True, None))
 
 
 def brief_caption(scene, rng, style=None, mentions=None):
@@ -413,26 +402,44 @@ def full_caption(scene, rng):
     return scenes.long_caption(scene, rng, attributes=(), related=False)
 
 
-def question(scene, rng):
-    """A question whose answer says nothing that is held out."""
-    return scenes.question(scene, rng, attributes=())
+def question(scene, rng, attributes=()):
+    """(question, answer) about where an object is, or what is at a place; says nothing held out."""
+    thing = rng.choice(scene.things)
+    name = " ".join(thing.kind)
+    place = scenes.POSITIONS[thing.cell]
+    where = (f"where is the {name}?", place)
+    return rng.choice((where, (f"what is at the {place}?", thing.phrase(attributes))))
+
+
+def one_word(scene, rng):
+    """One content word that is true of the scene."""
+    thing = rng.choice(scene.things)
+    words = [thing.colour, thing.colour, thing.shape, thing.shape]
+    return rng.choice([*words, scenes.POSITIONS[thing.cell], scene.background])
+
+
+def few_words(scene, rng):
+    """Colour and shape of two objects."""
+    return ", ".join(" ".join(thing.kind) for thing in rng.sample(scene.things, 2))
 
 
 def text_turns(scene, rng):
-    """[(ask with its text, answer), ...] about a caption."""
+    """[(question with its text, answer), ...] about a caption."""
     caption = brief_caption(scene, rng, rng.choices(("position", "list"), (2, 1))[0])
-    told = scenes.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
+    mentioned = scenes.Scene(tuple(thing for thing, _ in caption.mentions), scene.background)
     family = rng.choices(("one", "few", "brief", "list"), (30, 15, 30, 25))[0]
-    ask = ask_for(
-        family if family != "brief" else rng.choice(("brief", "brief", "detail")), "text", rng
-    )
-    answer = {
-        "one": lambda: caption_word(caption, rng),
-        "few": lambda: scenes.few_words(told, rng),
-        "brief": lambda: str(scenes.paraphrase(caption, rng)),
-        "list": lambda: ", ".join(" ".join(t.kind) for t in told.things),
-    }[family]()
-    return [(f"{ask} {caption}", answer)] + ([question(told, rng)] if caption.positions else [])
+    wording = rng.choice(("brief", "brief", "detail")) if family == "brief" else family
+    ask = ask_for(wording, "text", rng)
+    if family == "one":
+        answer = caption_word(caption, rng)
+    elif family == "few":
+        answer = few_words(mentioned, rng)
+    elif family == "brief":
+        answer = str(scenes.paraphrase(caption, rng))
+    else:
+        answer = ", ".join(" ".join(thing.kind) for thing in mentioned.things)
+    turns = [(f"{ask} {caption}", answer)]
+    return turns + [question(mentioned, rng)] if caption.positions else turns
 
 
 def caption_word(caption, rng):
@@ -445,13 +452,14 @@ def caption_word(caption, rng):
 
 
 class Encoder:
-    """Turns -> (ids, flat list of "predict the next token here" flags, slot of the first image token)."""
+    """Turns -> (ids, flags "predict the next token here", index of the first image token)."""
 
     def __init__(self, tokenizer, num_image_tokens):
-        self.tokenizer, self.num_image_tokens = tokenizer, num_image_tokens
-        self.bos, self.eos, self.image = (
-            tokenizer.token_to_id(t) for t in ("<s>", "</s>", "<image>")
-        )
+        self.tokenizer = tokenizer
+        self.num_image_tokens = num_image_tokens
+        self.bos = tokenizer.token_to_id("<s>")
+        self.eos = tokenizer.token_to_id("</s>")
+        self.image = tokenizer.token_to_id("<image>")
         self.cache = {}
 
     def ids(self, text):
@@ -462,104 +470,115 @@ class Encoder:
         return self.cache[text]
 
     def encode(self, turns, with_image, native):
-        """native: LLaVA's order, "<image>\\n{ask} ASSISTANT:"; otherwise the paper's template, "{ask} <image>\\nASSISTANT:"."""
-        ids, asked, image_slot = [self.bos], [False], 0
-        picture = [self.image] * self.num_image_tokens
+        """native: LLaVA's order, "<image>\\n{ask} ASSISTANT:", else the paper's template."""
+        ids = [self.bos]
+        predicts = [False]
+        image_start = 0
+        image_ids = [self.image] * self.num_image_tokens
         for number, (ask, answer) in enumerate(turns):
             ids += self.ids(f"{' ' if number else ''}USER:")
             if with_image and number == 0 and native:
                 ids += self.ids(" ")
-                image_slot = len(ids)
-                ids += picture + self.ids(f"\n{ask}")
+                image_start = len(ids)
+                ids += image_ids + self.ids(f"\n{ask}")
             elif with_image and number == 0:
                 ids += self.ids(f" {ask} ")
-                image_slot = len(ids)
-                ids += picture
+                image_start = len(ids)
+                ids += image_ids
             else:
                 ids += self.ids(f" {ask}")
             ids += self.ids(" ASSISTANT:" if native else "\nASSISTANT:")
-            said = self.ids(f" {answer}") + [self.eos] if answer else []
-            asked += [False] * (len(ids) - len(asked) - 1) + [True] * len(said) + [False]
-            ids += said
-        return ids, asked, image_slot
+            answer_ids = self.ids(f" {answer}") + [self.eos] if answer else []
+            predicts += [False] * (len(ids) - len(predicts) - 1)
+            predicts += [True] * len(answer_ids) + [False]
+            ids += answer_ids
+        return ids, predicts, image_start
 
 
 def collate(rows, pad):
-    """Right-padded ids (B, T), flat indices of the predicting tokens, their targets, image slots (B,)."""
+    """Right-padded input_ids (B, T), index of predicting tokens, targets, image_start (B,)."""
     width = max(len(ids) for ids, _, _ in rows)
-    table = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _, _ in rows])
-    index = [
-        b * width + t
-        for b, (ids, asked, _) in enumerate(rows)
-        for t, flag in enumerate(asked)
-        if flag and t + 1 < len(ids)
-    ]
-    targets = [rows[i // width][0][i % width + 1] for i in index]
-    return (
-        table,
-        torch.tensor(index),
-        torch.tensor(targets),
-        torch.tensor([slot for _, _, slot in rows]),
-    )
+    input_ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _, _ in rows])
+    index, targets = [], []
+    for b, (ids, predicts, _) in enumerate(rows):
+        for t, flag in enumerate(predicts):
+            if flag and t + 1 < len(ids):
+                index.append(b * width + t)
+                targets.append(ids[t + 1])
+    image_start = torch.tensor([start for _, _, start in rows])
+    return input_ids, torch.tensor(index), torch.tensor(targets), image_start
+
+
+def place_images(inputs_embeds, vectors, image_start):
+    """inputs_embeds (B, T, D) with vectors (B, N, D) from image_start (B,) on."""
+    rows = torch.arange(len(vectors))[:, None]
+    columns = image_start[:, None] + torch.arange(vectors.shape[1])
+    return scatter_embeddings(inputs_embeds, vectors, rows, columns)
 
 
 def sequence_loss(lvlm, batch, features):
-    """Eq. 2 on a batch of conversations, about pictures when their vision features come with it."""
-    ids, index, targets, slots = batch
-    embeds = lvlm.embed(ids)
+    """Eq. 2 on a batch of conversations, about images when their features come with it."""
+    input_ids, index, targets, image_start = batch
+    embeds = lvlm.embed(input_ids)
     if features is not None:
-        embeds = place(embeds, lvlm.projector(features), slots)
-    hidden = lvlm.decoder(embeds).flatten(0, 1)[index]  # (M, D)
-    return next_token_loss(hidden, targets, lvlm.head.weight)
+        embeds = place_images(embeds, lvlm.projector(features), image_start)
+    hidden_states = lvlm.decoder(embeds, state_index=index)  # (M, D)
+    return next_token_loss(hidden_states, targets, lvlm.lm_head.weight)
 
 
 @torch.no_grad()
-def probe(lvlm, encoder, shown, features):
-    """Share right, one question a scene: "where is the ...?", and the first place of a shuffled list of objects or colours."""
+def probe(lvlm, encoder, scene_list, features):
+    """Share right, one question a scene.
+
+    "where is the ...?", and the first place of a shuffled list of objects or of colours.
+    """
     result = {}
     for kind in ("where", "listed", "colour"):
-        rows, wanted = [], []
-        for i, scene in enumerate(shown):
-            rng = random.Random(i)
-            a = rng.choice(scene.things)
-            turn = {
-                "where": (f"where is the {' '.join(a.kind)}?", ""),
-                "listed": (OWN["list"][0].format(noun="image"), a.phrase()),
-                "colour": (OWN["colour"][0].format(noun="image"), a.colour),
-            }[kind]
-            rows.append(encoder.encode([turn], True, i % 2 == 0))
-            if turn[1]:
+        rows, targets = [], []
+        for i, scene in enumerate(scene_list):
+            thing = random.Random(i).choice(scene.things)
+            turns = {
+                "where": (f"where is the {' '.join(thing.kind)}?", ""),
+                "listed": (OWN["list"][0].format(noun="image"), thing.phrase()),
+                "colour": (OWN["colour"][0].format(noun="image"), thing.colour),
+            }
+            rows.append(encoder.encode([turns[kind]], True, i % 2 == 0))
+            if kind != "where":
                 rows[-1][0].pop()  # the end of sequence: the place comes here
-            wanted.append(encoder.ids(" " + scenes.POSITIONS[a.cell])[0])
-        ids, _, _, slots = collate(rows, 4)
-        hidden = lvlm.decoder(place(lvlm.embed(ids), lvlm.projector(features), slots))
-        last = torch.tensor([len(row[0]) - 1 for row in rows])
-        guess = lvlm.head(hidden[torch.arange(len(rows)), last]).argmax(-1).tolist()
-        result[kind] = sum(g == w for g, w in zip(guess, wanted)) / len(rows)
+            targets.append(encoder.ids(" " + scenes.POSITIONS[thing.cell])[0])
+        input_ids, _, _, image_start = collate(rows, 4)
+        embeds = place_images(lvlm.embed(input_ids), lvlm.projector(features), image_start)
+        last = torch.tensor([len(ids) - 1 for ids, _, _ in rows])
+        hidden_states = lvlm.decoder(embeds)[torch.arange(len(rows)), last]
+        answers = lvlm.lm_head(hidden_states).argmax(-1)
+        result[kind] = (answers == torch.tensor(targets)).double().mean().item()
     return result
 
 
-def draw_batches(encoder, scenes, crowd, share, args, rng):
-    """Eight batches of conversations, rows of similar length together: [([(conversation, picture row), ...], [conversation, ...]), ...]."""
-    rows = [
-        rng.randrange(crowd, len(scenes)) if rng.random() < share else rng.randrange(crowd)
-        for _ in range(8 * args.batch)
-    ]
-    told = [
-        (encoder.encode(image_turns(scenes[row], rng), True, rng.random() < 0.5), row)
-        for row in rows
-    ]
-    said = [
-        encoder.encode(text_turns(scenes[rng.randrange(crowd)], rng), False, rng.random() < 0.2)
-        for _ in range(4 * args.batch)
-    ]
-    told.sort(key=lambda pair: len(pair[0][0]))
-    said.sort(key=lambda row: len(row[0]))
+def draw_batches(encoder, scene_list, crowd, share, args, rng):
+    """Eight batches ([(conversation, image row), ...], [conversation about a caption, ...]).
+
+    Rows of similar length share a batch.
+    """
+    rows = []
+    for _ in range(8 * args.batch):
+        crowded = rng.random() < share
+        rows.append(rng.randrange(crowd, len(scene_list)) if crowded else rng.randrange(crowd))
+    about_images = []
+    for row in rows:
+        turns = image_turns(scene_list[row], rng)
+        about_images.append((encoder.encode(turns, True, rng.random() < 0.5), row))
+    about_texts = []
+    for _ in range(4 * args.batch):
+        turns = text_turns(scene_list[rng.randrange(crowd)], rng)
+        about_texts.append(encoder.encode(turns, False, rng.random() < 0.2))
+    about_images.sort(key=lambda pair: len(pair[0][0]))
+    about_texts.sort(key=lambda row: len(row[0]))
     half = args.batch // 2
-    batches = [
-        (told[i * args.batch : (i + 1) * args.batch], said[i * half : (i + 1) * half])
-        for i in range(8)
-    ]
+    batches = []
+    for i in range(8):
+        images = about_images[i * args.batch : (i + 1) * args.batch]
+        batches.append((images, about_texts[i * half : (i + 1) * half]))
     return rng.sample(batches, 8)
 
 
@@ -571,61 +590,56 @@ def average_gradients(parameters):
         p.grad.copy_(part.view_as(p) / torch.distributed.get_world_size())
 
 
-def generative_stage(rank, lvlm, tokenizer, features, scenes, crowd, args):
-    """Eq. 2 on conversations, one process a core, each on its own rows; the gradients are averaged every step."""
-    lvlm = copy.deepcopy(
-        lvlm
-    )  # what spawn passes on lies in shared memory, where the processes would update each other's weights
+def generative_stage(rank, lvlm, tokenizer, features, scene_list, crowd, args):
+    """Eq. 2 on conversations, one process a core, on its own rows; gradients are averaged."""
+    # what spawn passes on lies in shared memory, where processes would update each other's weights
+    lvlm = copy.deepcopy(lvlm)
+    method = f"file://{args.meeting_place}"
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{args.meeting_place}", rank=rank, world_size=args.workers
+        "gloo", init_method=method, rank=rank, world_size=args.workers
     )
-    encoder, rng, waiting = (
-        Encoder(tokenizer, lvlm.config.num_image_tokens),
-        random.Random(f"{args.seed} {rank}"),
-        [],
-    )
+    encoder = Encoder(tokenizer, math.prod(lvlm.config.image_grid()))
+    rng = random.Random(f"{args.seed} {rank}")
     lvlm.requires_grad_(True).vision.requires_grad_(False)
     parameters = [p for p in lvlm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.02, betas=(0.9, 0.98))
-    start, sums, looks_up = time.time(), [0.0, 0.0], torch.tensor(0.0)
+    start = time.time()
+    batches = []
+    sums = torch.zeros(2, dtype=torch.double)
+    looks_up = torch.tensor(0.0)
     for step in range(args.steps):
-        factor = min(1, (step + 1) / 300) * max(
-            0.01, 0.5 * (1 + math.cos(step / args.steps * math.pi))
-        )
+        cosine = 0.5 * (1 + math.cos(step / args.steps * math.pi))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * factor
-        if not waiting:
-            waiting = draw_batches(encoder, scenes, crowd, 0.1 if looks_up else 0.9, args, rng)
-        told, said = waiting.pop()
-        image_loss = sequence_loss(
-            lvlm,
-            collate([row for row, _ in told], 4),
-            features[torch.tensor([row for _, row in told])].float(),
-        )
-        text_loss = sequence_loss(lvlm, collate(said, 4), None)
+            group["lr"] = args.lr * min(1, (step + 1) / 300) * max(0.01, cosine)
+        if not batches:
+            share = 0.1 if looks_up else 0.9
+            batches = draw_batches(encoder, scene_list, crowd, share, args, rng)
+
+        # one step
+        about_images, about_texts = batches.pop()
+        image_rows = torch.tensor([row for _, row in about_images])
+        image_batch = collate([conversation for conversation, _ in about_images], 4)
+        image_loss = sequence_loss(lvlm, image_batch, features[image_rows].float())
+        text_loss = sequence_loss(lvlm, collate(about_texts, 4), None)
         optimizer.zero_grad()
         (image_loss + 0.5 * text_loss).backward()
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        sums = [sums[0] + image_loss.item(), sums[1] + text_loss.item()]
+
+        # what is known of it
+        sums += torch.tensor([image_loss.item(), text_loss.item()])
         if rank == 0 and (step + 1) % 100 == 0:
-            log(
-                f"step {step + 1} {(time.time() - start) / (step + 1):.3f} s/step image {sums[0] / 100:.3f} text {sums[1] / 100:.3f}"
-            )
-            sums = [0.0, 0.0]
+            image, text = (sums / 100).tolist()
+            seconds = (time.time() - start) / (step + 1)
+            log(f"step {step + 1} {seconds:.3f} s/step image {image:.3f} text {text:.3f}")
+            sums.zero_()
         if rank == 0 and (step + 1) % 200 == 0:
             for name, first in (("usual", 0), ("crowded", crowd)):
-                answers = probe(
-                    lvlm,
-                    encoder,
-                    scenes[first : first + 200],
-                    features[first : first + 200].float(),
-                )
-                log(
-                    f"    {name} scenes: "
-                    + " ".join(f"{kind} {share:.3f}" for kind, share in answers.items())
-                )
+                part = slice(first, first + 200)
+                answers = probe(lvlm, encoder, scene_list[part], features[part].float())
+                shares = " ".join(f"{kind} {share:.3f}" for kind, share in answers.items())
+                log(f"    {name} scenes: {shares}")
             looks_up += answers["listed"] >= args.look_up_until
         torch.distributed.broadcast(looks_up, 0)
         if rank == 0 and ((step + 1) % 400 == 0 or step + 1 == args.steps):
@@ -640,62 +654,55 @@ def log(line):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="assets/tiny")
-    parser.add_argument(
-        "--look-up-until",
-        type=float,
-        default=0.85,
-        help="crowded scenes mostly, until so many of their look-ups are right",
-    )
-    parser.add_argument(
-        "--warm-up-steps", type=int, default=1000, help="of the warm-up of the vision tower"
-    )
-    parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=3600, help="of the conversations")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak, of the conversations")
-    parser.add_argument(
-        "--batch", type=int, default=16, help="pictures a process; half as many texts"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes, one a core")
-    parser.add_argument("--seed", type=int, default=0)
+    until = "crowded scenes mostly, until so many of their look-ups are right (default: 0.85)"
+    warm_up_help = "of the warm-up of the vision tower (default: 1000)"
+    batch_help = "images a process and step; half as many texts (default: 16)"
+    parser.add_argument("--out", default="assets/tiny", help="folder (default: assets/tiny)")
+    parser.add_argument("--look-up-until", type=float, default=0.85, help=until)
+    parser.add_argument("--warm-up-steps", type=int, default=1000, help=warm_up_help)
+    parser.add_argument("--scenes", type=int, default=20000, help="scenes (default: 20000)")
+    parser.add_argument("--steps", type=int, default=3600, help="of stage 2 (default: 3600)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak, of stage 2 (default: 2e-3)")
+    parser.add_argument("--batch", type=int, default=16, help=batch_help)
+    parser.add_argument("--workers", type=int, default=2, help="one a core (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     args = parser.parse_args(argv)
     args.meeting_place = tempfile.mktemp()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    lvlm = LVLM(parse_config(tiny_config(tokenizer.get_vocab_size())))
+    vocab_size = tokenizer.get_vocab_size()
+    lvlm = LVLM(parse_config(tiny_config(vocab_size)))
     initialise(lvlm)
-    log(
-        f"vocabulary {tokenizer.get_vocab_size()}, {sum(p.numel() for p in lvlm.parameters()) / 1e6:.2f} M parameters"
-    )
-    every = [scenes.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]
-    every += [
-        scenes.make_scene(PRETRAIN_SEED + 1, i, counts=(5, 6, 7, 8, 9))
-        for i in range(args.scenes // 2)
-    ]
-    pictures = torch.stack(
-        [
-            torch.frombuffer(bytearray(scenes.render(s).tobytes()), dtype=torch.uint8).view(
-                96, 96, 3
-            )
-            for s in every
-        ]
-    )
-    labels = [patch_labels(s, 6) for s in every]
-    labels = {family: torch.stack([l[family] for l in labels]) for family in FAMILIES}
+    millions = sum(p.numel() for p in lvlm.parameters()) / 1e6
+    log(f"vocabulary {vocab_size}, {millions:.2f} M parameters")
+
+    # scenes, and half as many crowded ones
+    scene_list = [scenes.make_scene(PRETRAIN_SEED, i) for i in range(args.scenes)]
+    for i in range(args.scenes // 2):
+        scene_list.append(scenes.make_scene(PRETRAIN_SEED + 1, i, counts=(5, 6, 7, 8, 9)))
+    images, labels = [], {family: [] for family in FAMILIES}
+    for scene in scene_list:
+        images.append(torch.from_numpy(np.array(scenes.render(scene))))  # (96, 96, 3) uint8
+        for family, values in patch_labels(scene, 6).items():
+            labels[family].append(values)
+    images = torch.stack(images)
+    labels = {family: torch.stack(values) for family, values in labels.items()}
     log("rendered")
+
+    # stage 1
     torch.set_num_threads(2)
-    warm_up(lvlm, tokenizer, pictures, labels, args)
+    warm_up(lvlm, tokenizer, images, labels, args)
+    features = []
     with torch.no_grad():
-        features = torch.cat(
-            [lvlm.vision(normalise(chunk)).half() for chunk in pictures.split(512)]
-        )
+        for chunk in images.split(512):
+            features.append(lvlm.vision(normalize_pixels(chunk)).half())
+    features = torch.cat(features)
     log(f"features {tuple(features.shape)}")
-    del pictures, labels
-    torch.multiprocessing.spawn(
-        generative_stage,
-        (lvlm, tokenizer, features, every, args.scenes, args),
-        nprocs=args.workers,
-    )
+    del images, labels
+
+    # stage 2
+    stage_args = (lvlm, tokenizer, features, scene_list, args.scenes, args)
+    torch.multiprocessing.spawn(generative_stage, stage_args, nprocs=args.workers)
 
 
 if __name__ == "__main__":
