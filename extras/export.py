@@ -105,7 +105,10 @@ def spell_template(model: VladVA, modality: str, prompt: str, tokenizer) -> str:
         texts = [data.fill_template(chat, prompt, caption)[0] for caption in captions]
         if [tokenizer.encode(text).ids for text in texts] == wanted:
             return spelled
-    raise ValueError(f"this tokenizer reads added tokens in {template!r} as other tokens")
+    raise ValueError(
+        f"this tokenizer reads {template!r} with added tokens as other tokens than it was trained "
+        "on: only a template with spaces around {prompt} can be exported"
+    )
 
 
 def add_tokens(model: VladVA) -> tuple[tokenizers.Tokenizer, dict[int, Tensor], VladVAConfig]:
