@@ -16,6 +16,7 @@ import tokenizers
 import torch
 
 import data
+from extras import scenes
 from extras.export import save_lvlm
 from model import LVLM, LVLMConfig, parse_config, rename_key, write_json
 from vladva import VladVA, VladVAConfig
@@ -188,8 +189,6 @@ def write_qwen_tokenizer(folder: Path, first: int) -> None:
 
     Its special tokens begin at id `first`; ids that training left out are filled with unused ones.
     """
-    from extras import scenes
-
     texts = []
     for i in range(40):
         row = scenes.scene_row(3, i)
@@ -334,8 +333,6 @@ def qwen_model(qwen_folder):
 @pytest.fixture(scope="session")
 def scene_rows():
     """Eight training pairs; row 1 has no long caption, row 2 no short one."""
-    from extras import scenes
-
     rows = [scenes.scene_row(5, i) for i in range(8)]
     rows[1]["long"] = None
     rows[2]["short"] = None
@@ -427,8 +424,3 @@ def qwen_sequences(raw: dict, grids) -> list[list[int]]:
         start, end = raw["vision_start_token_id"], raw["vision_end_token_id"]
         input_ids.append([*before, start, *image_tokens, end, *after])
     return input_ids
-
-
-# the names of before, until the files that use them are renamed
-drawn, drawn_weight, drawn_picture = seeded_tensor, seeded_weight, seeded_image
-lora_weight, qwen_rows, QWEN_PICTURES = seeded_lora_weight, qwen_sequences, QWEN_IMAGE_SIZES
