@@ -84,6 +84,8 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         read_json(path)  # one clear line when it is missing or broken
         self.inner = tokenizers.Tokenizer.from_file(str(path))
+        self.encode = self.inner.encode  # text -> .ids, and .offsets in characters
+        self.decode = self.inner.decode  # ids -> text without special tokens
         self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
         added = self.inner.get_added_tokens_decoder().values()
         self.special_tokens = sorted(token.content for token in added if token.special)
@@ -102,14 +104,6 @@ class Tokenizer:
         for problem, found in problems.items():
             if found:
                 raise ValueError(f"{path} does not belong to config.json: {problem}")
-
-    def encode(self, text: str) -> tokenizers.Encoding:
-        """`.ids`, beginning-of-sequence token included, and `.offsets` in characters."""
-        return self.inner.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.inner.decode(ids)
 
     def validate_text(self, text: str) -> str:
         """The text without spaces at its ends; ValueError when it is empty or would end a turn."""

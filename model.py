@@ -220,10 +220,8 @@ ARCHITECTURES = {"llava": LVLMConfig, "qwen2_vl": "extras.qwen2_vl.Qwen2VLConfig
 
 def parse_config(raw: dict) -> LVLMConfig:
     """The configuration class that model_type names, filled from config.json (a dict)."""
-    architecture = ARCHITECTURES.get(str(raw.get("model_type")))
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"config.json: model_type is {raw.get('model_type')!r}, wanted {known}")
+    check_supported({"model_type": None} | raw, {"model_type": tuple(ARCHITECTURES)}, "config.json")
+    architecture = ARCHITECTURES[raw["model_type"]]
     if isinstance(architecture, str):
         module, name = architecture.rsplit(".", 1)
         architecture = getattr(importlib.import_module(module), name)
@@ -532,12 +530,11 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
         token = lvlm.lm_head(last).argmax(-1)  # (B,)
         tokens.append(token)
         finished |= token == eos
-        if step % 8 == 7 and finished.all():  # each time it is asked the host waits for the device
+        if step % 8 == 7 and finished.all():  # each question makes the host wait for the device
             break
         cache.position = (lengths + step)[:, None]
-        last = lvlm.decoder(lvlm.embed(token[:, None]), (next_position + step)[:, None], cache)[
-            :, 0
-        ]
+        embeds, position = lvlm.embed(token[:, None]), (next_position + step)[:, None]
+        last = lvlm.decoder(embeds, position, cache)[:, 0]
     answers = torch.stack(tokens, dim=1).tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
 
@@ -545,15 +542,12 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
 # ----------------------------------------------------------------------------- loading weights
 
 IGNORED_KEYS = ("embeddings.position_ids", "rotary_emb.inv_freq")  # recomputed; old files hold them
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be read as it is
 
 
 def rename_key(key: str, key_patterns) -> str:
     """Name of a stored tensor -> its name in LVLM; as it is when no pattern fits."""
     for pattern, prefix in key_patterns:
-        renamed, count = re.subn(pattern, prefix, key)
-        if count:
-            return renamed
+        key = re.sub(pattern, prefix, key)
     return key
 
 
@@ -566,33 +560,14 @@ def open_safetensors(path: Path):
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or the single model.safetensors."""
+    """The safetensors files of a folder: those its index names, or model.safetensors."""
     index = Path(folder) / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    missing = [name for name in names if not (Path(folder) / name).is_file()]
-    if missing or not names:
-        raise ValueError(f"{folder}: {', '.join(missing) or 'weight_map'} not found")
-    return [Path(folder) / name for name in names]
-
-
-def checkpoint_tensors(folder: Path, key_patterns) -> dict[str, tuple[Path, str, torch.Size]]:
-    """{name in LVLM: (file, name in it, shape)} of every tensor in a folder's weight files."""
-    tensors = {}
-    for path in shard_files(folder):
-        with open_safetensors(path) as shard:
-            for key in shard.keys():
-                if key.endswith(IGNORED_KEYS):
-                    continue
-                name = rename_key(key, key_patterns)
-                header = shard.get_slice(key)
-                if name in tensors:
-                    raise ValueError(f"{path}: {key} is the same weight as {tensors[name][1]}")
-                if header.get_dtype() not in FLOAT_DTYPES:
-                    raise ValueError(f"{path}: {key} is {header.get_dtype()}, wanted plain floats")
-                tensors[name] = (path, key, torch.Size(header.get_shape()))
-    return tensors
+    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else ()
+    paths = [Path(folder) / name for name in sorted(names or {"model.safetensors"})]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} not found")
+    return paths
 
 
 def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
@@ -616,25 +591,27 @@ def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None
     ValueError lists all keys and shapes that do not fit config.json.
     """
     config = parse_config(read_json(Path(folder) / "config.json"))
-    tied = config.decoder.tie_word_embeddings
-    # 1. the shapes of the model against those in the files' headers: nothing is allocated yet
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)
-    tensors = checkpoint_tensors(folder, config.key_patterns)
-    if tied:
-        tensors.pop("lm_head.weight", None)  # some tied checkpoints store the shared weight twice
-    shapes = {name: shape for name, (_, _, shape) in tensors.items()}
-    wanted = {name: p.shape for name, p in lvlm.named_parameters()}
-    check_shapes(shapes, wanted, f"the weights of {folder} do not fit its config.json")
     dtype = pick_dtype(sum(p.numel() for p in lvlm.parameters()), device, dtype)
-    # 2. each tensor is copied once, from the memory-mapped file to its place
+    keys = [(path, key) for path in shard_files(folder) for key in open_safetensors(path).keys()]
     state = {}
-    for name, (path, key, _) in tqdm(tensors.items(), "loading weights", leave=False, disable=None):
+    for path, key in tqdm(keys, "loading weights", leave=False, disable=None):
+        name = rename_key(key, config.key_patterns)
+        if name in state:
+            raise ValueError(f"{path}: {key} is there twice, under two names")
         # opened anew for each tensor: pages of an open file would count as memory of this process
         with open_safetensors(path) as shard:
-            state[name] = shard.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-    if tied:
-        state["lm_head.weight"] = state["decoder.embed_tokens.weight"]
+            tensor = shard.get_tensor(key)
+            if not key.endswith(IGNORED_KEYS):
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted plain floats")
+                state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    if config.decoder.tie_word_embeddings:  # some tied checkpoints store the shared weight twice
+        state["lm_head.weight"] = state.get("decoder.embed_tokens.weight")
+    shapes = {name: tensor.shape for name, tensor in state.items() if tensor is not None}
+    wanted = {name: p.shape for name, p in lvlm.state_dict().items()}
+    check_shapes(shapes, wanted, f"the weights of {folder} do not fit its config.json")
     lvlm.load_state_dict(state, assign=True)
     lvlm.tie_weights()
     return lvlm.requires_grad_(False).eval()
@@ -652,11 +629,11 @@ def pick_dtype(num_parameters: int, device, dtype: torch.dtype | None = None) ->
     free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
     if dtype is None:
         dtype = torch.bfloat16 if cuda or 4 * num_parameters > free / 2 else torch.float32
-    needed = dtype.itemsize * num_parameters
-    if needed > free:
-        sizes = f"{needed / 1e9:.1f} GB in {dtype}, but {device} has {free / 1e9:.1f} GB free"
-        hint = "try --dtype bfloat16" if dtype == torch.float32 else "take a smaller model"
-        raise ValueError(f"the model takes {sizes}: {hint}")
+    if dtype.itemsize * num_parameters > free:
+        sizes = (
+            f"{dtype.itemsize * num_parameters / 1e9:.1f} GB in {dtype}, of {free / 1e9:.1f} free"
+        )
+        raise ValueError(f"the model takes {sizes} on {device}: try bfloat16 or a smaller model")
     return dtype
 
 

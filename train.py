@@ -19,7 +19,6 @@ import math
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ import data
 from data import flag, rank_and_world_size, say
 from eval import HeldOutPairs, Measured, score_table
 from model import DTYPES, from_json, open_safetensors, read_json, write_json
-from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss, read_adapter
+from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss
 
 
 @dataclass(frozen=True)
@@ -256,15 +255,14 @@ def sum_gradients(model: VladVA) -> None:
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return
-    parameters = model.trained_parameters()
-    for name, p in parameters.items():
+    gradients = []
+    for name, p in model.trained_parameters().items():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients.append(p.grad)
         if name.startswith("loss_parameters."):
             p.grad /= world_size
-    flat = data.all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters.values()]))
-    parts = flat.split([p.numel() for p in parameters.values()])
-    for p, part in zip(parameters.values(), parts):
-        p.grad.copy_(part.view_as(p))
+    flat = torch.nn.utils.parameters_to_vector(gradients)
+    torch.nn.utils.vector_to_parameters(data.all_reduce_sum(flat), gradients)
 
 
 def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
@@ -390,52 +388,50 @@ def open_metrics(path: Path, done: int):
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob("step-??????"))
+    """The checkpoints of a run, oldest first; each is whole."""
+    return sorted((out / "checkpoints").glob("step-??????.safetensors"))
 
 
 def last_checkpoint(out: Path) -> str:
-    """Where a run would go on, in words."""
-    last = [f"the last checkpoint is {folder}" for folder in checkpoints(out)[-1:]]
+    last = [f"the last checkpoint is {path}" for path in checkpoints(out)[-1:]]
     return "".join(last) or "there is no checkpoint"
 
 
 def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
-    """Write OUT/checkpoints/step-...: whole or not at all. No random state is needed (see Steps)."""
+    """Write what is trained and AdamW's state of it. No random state is needed (see Steps)."""
     if rank_and_world_size()[0]:
         return
-    tensors = {}  # AdamW's moments and step counts
+    tensors = {}
     for name, p in model.trained_parameters().items():
-        for kind, value in optimizer.state[p].items():
+        for kind, value in {"value": p, **optimizer.state[p]}.items():
             tensors[f"{name}.{kind}"] = value.detach().cpu().contiguous()
-    folder = out / "checkpoints" / f"step-{step:06d}"
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = out / "checkpoints"
+    folder.mkdir(exist_ok=True)
     try:
-        model.save_adapter(partial)
-        data.write_tensors(partial / "optimizer.safetensors", tensors)
-        partial.rename(folder)
+        data.write_tensors(folder / f"step-{step:06d}.safetensors", tensors)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        problem = f"the checkpoint of step {step} could not be saved"
-        raise ValueError(f"{problem}, {last_checkpoint(out)}: {error}") from None
+        raise ValueError(f"{error}; {last_checkpoint(out)}") from None
     for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+        old.unlink()
 
 
 def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
-    """Put the last whole checkpoint of OUT into model and optimizer; returns its step, or 0."""
+    """Put the last checkpoint of OUT into model and optimizer; returns its step, or 0."""
     if not checkpoints(out):
         return 0
-    folder = checkpoints(out)[-1]
-    model.load_adapter_state(read_adapter(folder)[0], folder)
+    path = checkpoints(out)[-1]
     parameters = model.trained_parameters()
-    with open_safetensors(folder / "optimizer.safetensors") as file:
+    values = {}
+    with open_safetensors(path) as file:
         for key in file.keys():
             name, kind = key.rsplit(".", 1)
-            value = file.get_tensor(key).to(parameters[name].device)
-            optimizer.state[parameters[name]][kind] = value
-    return int(folder.name.removeprefix("step-"))
+            value = file.get_tensor(key)
+            if kind == "value":
+                values[name] = value
+            else:
+                optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+    model.load_adapter_state(values, path)
+    return int(path.stem.removeprefix("step-"))
 
 
 def check_finite(line: dict, where: list[str], out: Path) -> None:
