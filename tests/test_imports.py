@@ -39,7 +39,7 @@ def uses(source):
 
 
 def names_of_extras(source):
-    """{(variable or function at the top level, string)} of the strings that name a module of extras.
+    """{(variable or function at the top level, string)} of strings that name a module of extras.
 
     Not docstrings, which may name them, and not what a door imports.
     """
