@@ -10,6 +10,7 @@ data. --data is what is measured on, and what Eq. 1 is trained on.
 import csv
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,13 +59,10 @@ LOSSES["text-text"] = replace(LOSSES["vladva"], function=triples_loss, inputs=("
 LOSSES["vladva+text-text"] = replace(LOSSES["vladva"], function=sum_loss, inputs=("pairs", "texts"))
 
 
-def scene_triples(seed: int, count: int) -> list[tuple[str, tuple]]:
-    """[(where, (caption, paraphrase, hard negative)), ...] from the grammar of the scenes."""
-    triples = []
-    for index in range(count):
-        category = random.Random(f"category {seed} {index}").choice(sorted(scenes.CATEGORIES))
-        triples.append((f"triple {index}", scenes.caption_triple(seed, index, category)[1]))
-    return triples
+def scene_triple(seed: int, index: int) -> tuple[str, tuple]:
+    """(where, (caption, paraphrase, hard negative)) from the grammar of the scenes."""
+    category = random.Random(f"category {seed} {index}").choice(sorted(scenes.CATEGORIES))
+    return f"triple {index}", scenes.caption_triple(seed, index, category)[1]
 
 
 def read_triples(path: str, tokenizer: data.Tokenizer) -> list[tuple[str, tuple]]:
@@ -89,18 +87,19 @@ def read_triples(path: str, tokenizer: data.Tokenizer) -> list[tuple[str, tuple]
 
 
 class TextRows:
-    """Training rows with a triple of texts each: of texts alone, or beside pairs."""
+    """Training rows with a triple of texts each: `count` of texts alone, or beside pairs."""
 
-    def __init__(self, triples: list, pairs=None):
-        self.triples = triples
+    def __init__(self, triple: Callable, count: int, pairs=None):
+        self.triple = triple  # index -> (where, texts)
+        self.count = count
         self.pairs = pairs
         self.group_size = pairs.group_size if pairs else 1
 
     def __len__(self) -> int:
-        return len(self.pairs or self.triples)
+        return len(self.pairs) if self.pairs else self.count
 
     def row(self, index: int, rng: random.Random) -> dict:
-        where, texts = self.triples[index % len(self.triples)]
+        where, texts = self.triple(index % self.count)
         if self.pairs:
             return self.pairs.row(index, rng) | {"texts": texts}
         return {"image": None, "short": None, "long": None, "where": where, "texts": texts}
@@ -109,13 +108,14 @@ class TextRows:
 def open_rows(config: train.TrainConfig, model: VladVA, bad_rows: data.BadRows, text_data: str):
     """(rows to train on, what is held out); text_data: scenes, or a CSV file."""
     pairs, held_out = train.open_data(config, model, bad_rows)
+    pairs = None if model.config.loss == "text-text" else pairs
     if text_data != "scenes":
         triples = read_triples(text_data, model.tokenizer)
-    elif config.data == "scenes":
-        triples = scene_triples(config.seed, config.num_scenes)
-    else:
+        return TextRows(triples.__getitem__, len(triples), pairs), held_out
+    if config.data != "scenes":
         raise ValueError(f"--data {config.data} wants texts of its own: --text-data FILE.csv")
-    return TextRows(triples, None if model.config.loss == "text-text" else pairs), held_out
+    triple = functools.partial(scene_triple, config.seed)
+    return TextRows(triple, config.num_scenes, pairs), held_out
 
 
 @data.command

