@@ -4,9 +4,8 @@
     python -m extras.scenes --adapter runs/tiny --json scores.json
     python -m extras.scenes --task captions  # are the model's own captions of scenes right?
 
-(seed, index) alone decides a scene: 2 to 4 objects on a 3 x 3 grid, with colour, shape, size and
-texture, rendered with Pillow. Short and long captions are true of it; hard negatives follow
-SugarCrepe(++), pairs of scenes follow Winoground. The order of the calls to each random generator
+(seed, index) decides a scene: 2 to 4 objects on a 3 x 3 grid with colour, shape, size and texture,
+rendered with Pillow, and captions true and false of it. The order of calls to the random generators
 is part of the data: the tiny weights and every recorded table depend on it.
 
 Not here: what the tiny LVLM was pre-trained on (assets/make_tiny.py), the metrics (eval.py).
@@ -15,60 +14,39 @@ Not here: what the tiny LVLM was pre-trained on (assets/make_tiny.py), the metri
 import argparse
 import functools
 import math
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from data import add_model_flags, all_reduce_sum, command, format_table, rank_and_world_size, say
-from eval import (
-    Benchmark,
-    IndexedList,
-    Measured,
-    category_scores,
-    embed_benchmark,
-    mean_caption_loss,
-    recall,
-    winoground_scores,
-)
+import eval as bench
+from data import add_model_flags, command, format_table, rank_and_world_size, say
 from model import write_json
 from vladva import VladVA, load_model, similarity
-
-TEST_SEED = 2000  # of the scenes that results are reported on, as in train.TrainConfig
 
 # ---------------------------------------------------------------------------------- the scenes
 
 COLOURS = {
-    "red": (214, 39, 40),
-    "green": (34, 150, 62),
-    "blue": (38, 86, 222),
-    "yellow": (247, 220, 50),
-    "orange": (250, 138, 22),
-    "purple": (132, 55, 176),
-    "pink": (250, 152, 196),
-    "cyan": (58, 206, 214),
-}
+    "red": (214, 39, 40), "green": (34, 150, 62), "blue": (38, 86, 222),
+    "yellow": (247, 220, 50), "orange": (250, 138, 22), "purple": (132, 55, 176),
+    "pink": (250, 152, 196), "cyan": (58, 206, 214),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.50, "large": 0.84}  # width of the object as a share of its cell
 TEXTURES = ("plain", "striped", "dotted")
 ATTRIBUTES = {"size": SIZES, "texture": TEXTURES}  # beside colour, shape and position
 BACKGROUNDS = {
-    "white": (244, 244, 240),
-    "gray": (134, 138, 142),
-    "tan": (205, 178, 138),
-    "brown": (104, 70, 44),
-}
+    "white": (244, 244, 240), "gray": (134, 138, 142),
+    "tan": (205, 178, 138), "brown": (104, 70, 44),
+}  # fmt: skip
 GRID = 3  # cells a side; one object a cell at most
-POSITIONS = (
-    *("top-left", "top-center", "top-right"),
-    *("middle-left", "center", "middle-right"),
-    *("bottom-left", "bottom-center", "bottom-right"),
-)
+POSITIONS = ("top-left", "top-center", "top-right", "middle-left", "center", "middle-right")
+POSITIONS += ("bottom-left", "bottom-center", "bottom-right")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -105,7 +83,7 @@ class Scene:
 
 def make_scene(seed: int, index: int | str, counts: Sequence[int] = (2, 3, 4)) -> Scene:
     """The scene that (seed, index) decides. counts: numbers of objects to draw from."""
-    rng = random.Random(f"scene {seed} {index}")
+    rng = Random(f"scene {seed} {index}")
     all_kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     kinds = rng.sample(all_kinds, rng.choice(counts))
     cells = rng.sample(range(GRID * GRID), len(kinds))
@@ -122,13 +100,12 @@ def relations(a: Thing, b: Thing) -> list[str]:
     """The relation words that are true of "a ... b"."""
     row_a, col_a = divmod(a.cell, GRID)
     row_b, col_b = divmod(b.cell, GRID)
-    truths = {
-        "left of": col_a < col_b,
-        "right of": col_a > col_b,
-        "above": row_a < row_b,
-        "below": row_a > row_b,
-    }
-    return [word for word, true in truths.items() if true]
+    words = []
+    if col_a != col_b:
+        words.append("left of" if col_a < col_b else "right of")
+    if row_a != row_b:
+        words.append("above" if row_a < row_b else "below")
+    return words
 
 
 def exchange(a: Thing, b: Thing, field: str) -> tuple[Thing, Thing]:
@@ -136,19 +113,16 @@ def exchange(a: Thing, b: Thing, field: str) -> tuple[Thing, Thing]:
     return replace(a, **{field: getattr(b, field)}), replace(b, **{field: getattr(a, field)})
 
 
-def sibling(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with the colours, if that makes a difference, or the cells of two objects exchanged."""
+def sibling(scene: Scene, rng: Random) -> Scene:
+    """The scene with two objects that have exchanged their colours or their cells."""
     i, j = rng.sample(range(len(scene.things)), 2)
     by_colour = exchange(scene.things[i], scene.things[j], "colour")
     by_cell = exchange(scene.things[i], scene.things[j], "cell")
     kinds = {thing.kind for thing in scene.things}
-    colours_differ = by_colour[0].kind not in kinds and by_colour[1].kind not in kinds
+    colours_differ = kinds.isdisjoint(thing.kind for thing in by_colour)
     things = list(scene.things)
     things[i], things[j] = by_colour if colours_differ and rng.random() < 0.5 else by_cell
     return replace(scene, things=tuple(things))
-
-
-# ------------------------------------------------------------------------------------- drawing
 
 
 def shape_outline(shape: str, width: float, middle: float) -> list[tuple[float, float]]:
@@ -172,42 +146,34 @@ def shape_outline(shape: str, width: float, middle: float) -> list[tuple[float, 
     return [(middle + x, middle + y) for x, y in corners]
 
 
-def draw_texture(pen: ImageDraw.ImageDraw, texture: str, side: int, step: float, dark) -> None:
-    """Stripes or dots, `step` apart, on a square of `side` pixels."""
-    marks = [k * step for k in range(9)]
-    if texture == "striped":
-        for v in marks[::2]:
-            pen.rectangle((0, v - step * 0.35, side, v + step * 0.35), fill=dark)
-    elif texture == "dotted":
-        r = step * 0.42
-        for i, u in enumerate(marks):
-            for v in marks[i % 2 :: 2]:
-                pen.ellipse((u - r, v - r, u + r, v + r), fill=dark)
-
-
 def draw_thing(canvas: Image.Image, thing: Thing, cell_px: float) -> None:
     """Paint one object on a canvas whose cells are cell_px wide."""
+    # where there is paint: the shape
     side = round(cell_px)
     width = SIZES[thing.size] * cell_px
-    middle = side / 2
-
-    # where there is paint: the shape
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
     if thing.shape in ("circle", "ring"):
         near, far = (side - width) / 2, (side + width) / 2
         pen.ellipse((near, near, far, far), fill=255)
         if thing.shape == "ring":
-            near, far = middle - width / 4, middle + width / 4
+            near, far = side / 2 - width / 4, side / 2 + width / 4
             pen.ellipse((near, near, far, far), fill=0)
     else:
-        pen.polygon(shape_outline(thing.shape, width, middle), fill=255)
+        pen.polygon(shape_outline(thing.shape, width, side / 2), fill=255)
 
-    # the paint: colour and texture
+    # the paint: the colour, with darker stripes or dots
     colour = COLOURS[thing.colour]
     dark = tuple(channel // 3 for channel in colour)
     paint = Image.new("RGB", (side, side), colour)
-    draw_texture(ImageDraw.Draw(paint), thing.texture, side, cell_px / 8, dark)
+    pen = ImageDraw.Draw(paint)
+    step = cell_px / 8
+    for i in range(9):
+        if thing.texture == "striped" and i % 2 == 0:
+            pen.rectangle((0, (i - 0.35) * step, side, (i + 0.35) * step), fill=dark)
+        for j in range(i % 2, 9, 2) if thing.texture == "dotted" else ():
+            box = ((i - 0.42) * step, (j - 0.42) * step, (i + 0.42) * step, (j + 0.42) * step)
+            pen.ellipse(box, fill=dark)
     row, col = divmod(thing.cell, GRID)
     left = round((col + thing.shift[0]) * cell_px)
     top = round((row + thing.shift[1]) * cell_px)
@@ -222,12 +188,12 @@ def render(scene: Scene, size: int = 96) -> Image.Image:
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 
-class RenderedScenes(Sequence):
+@dataclass(frozen=True)
+class RenderedScenes:
     """Scenes as a sequence of images: each is rendered when it is indexed."""
 
-    def __init__(self, scenes: list[Scene], image_size: int):
-        self.scenes = scenes
-        self.image_size = image_size
+    scenes: list[Scene]
+    image_size: int
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -288,16 +254,9 @@ def is_true(caption: Caption, scene: Scene) -> bool:
 
 
 def short_caption(
-    scene: Scene,
-    rng: random.Random,
-    style: str | None = None,
-    num_mentions: int | None = None,
-    attributes: Sequence[str] = tuple(ATTRIBUTES),
+    scene: Scene, rng: Random, style=None, num_mentions=None, attributes=ATTRIBUTES
 ) -> Caption:
-    """A true caption of 2 or 3 objects, with attributes and background at times.
-
-    style: "relation", "position" or "list"; None: drawn.
-    """
+    """A true caption of 2 or 3 objects. style: "relation", "position", "list"; None: drawn."""
     style = style or rng.choice(("relation", "relation", "position", "position", "list"))
     count = num_mentions or rng.randint(2, min(3, len(scene.things)))
     mentions = []
@@ -311,39 +270,27 @@ def short_caption(
     return Caption(opening, tuple(mentions), relation, style == "position", background)
 
 
-def long_caption(
-    scene: Scene,
-    rng: random.Random,
-    attributes: Sequence[str] = tuple(ATTRIBUTES),
-    related: bool = True,
-) -> str:
-    """A true caption with every object, its attributes and position, and the background.
-
-    related: with one or more relations as well.
-    """
+def long_caption(scene: Scene, rng: Random, attributes=ATTRIBUTES, related: bool = True) -> str:
+    """A true caption with every object, its attributes and position, the background, relations."""
     if rng.random() < 0.5:
         things = sorted(scene.things, key=lambda thing: thing.cell)
     else:
         things = rng.sample(scene.things, len(scene.things))
     sentence = rng.choice(SENTENCES)
     count = NUMBERS[len(things)]
-    grounds = (
-        f"the image shows {count} on a {scene.background} background.",
-        f"there are {count}. the background is {scene.background}.",
-    )
-    ground = rng.choice(grounds)
+    ground = f"the image shows {count} on a {scene.background} background."
+    ground = rng.choice((ground, f"there are {count}. the background is {scene.background}."))
     body = []
     for thing in things:
         body.append(sentence.format(thing=thing.phrase(attributes), place=POSITIONS[thing.cell]))
-    num_relations = rng.randint(1, len(things) - 1) if related else 0
-    for _ in range(num_relations):
+    for _ in range(rng.randint(1, len(things) - 1) if related else 0):
         a, b = rng.sample(things, 2)
         relation = rng.choice(relations(a, b))
         body.append(f"the {' '.join(a.kind)} is {relation} the {' '.join(b.kind)}.")
     return " ".join([ground, *body] if rng.random() < 0.5 else [*body, ground])
 
 
-def paraphrase(caption: Caption, rng: random.Random) -> Caption:
+def paraphrase(caption: Caption, rng: Random) -> Caption:
     """The same content in another order: "A left of B" as "B right of A"; lists are shuffled."""
     mentions = list(caption.mentions)
     relation = None
@@ -356,7 +303,7 @@ def paraphrase(caption: Caption, rng: random.Random) -> Caption:
     return replace(caption, opening=opening, mentions=tuple(mentions), relation=relation)
 
 
-# ---------------------------------------------------------------- hard negatives after SugarCrepe
+# ---------------------------------------- hard negatives after SugarCrepe, pairs after Winoground
 
 GROUPS = {  # "_pos" are this project's own: positions as further relations and roles
     "Replace": ("replace_obj", "replace_att", "replace_rel", "replace_pos"),
@@ -364,62 +311,55 @@ GROUPS = {  # "_pos" are this project's own: positions as further relations and 
     "Add": ("add_obj", "add_att"),
 }
 CATEGORIES = (*GROUPS["Replace"], *GROUPS["Swap"], *GROUPS["Add"])
-STYLE_OF = {
-    "replace_rel": "relation",
-    "swap_obj": "relation",
-    "replace_pos": "position",
-    "swap_pos": "position",
-}
+STYLE_OF = {"replace_rel": "relation", "swap_obj": "relation"}  # the caption it takes
+WINOGROUND_KINDS = ("colour", "relation", "position")
 VALUES = {"colour": COLOURS, "shape": SHAPES, "cell": range(GRID * GRID)} | ATTRIBUTES
 
 
-def other_value(thing: Thing, field: str, rng: random.Random):
-    """A random value of a field that is not the object's."""
-    return rng.choice([value for value in VALUES[field] if value != getattr(thing, field)])
+def with_other(thing: Thing, field: str, rng: Random) -> Thing:
+    """The object with another value of a field, drawn."""
+    others = [value for value in VALUES[field] if value != getattr(thing, field)]
+    return replace(thing, **{field: rng.choice(others)})
 
 
-def edit(caption: Caption, category: str, rng: random.Random) -> Caption | None:
-    """The caption with one edit of a category; the result may still be true of the scene.
-
-    None where the caption has no place for such an edit.
-    """
-    mentions = list(caption.mentions)
-    spot = rng.randrange(len(mentions))
-    thing, attributes = mentions[spot]
-    (first, first_attributes), (second, second_attributes) = mentions[:2]
+def edit(caption: Caption, category: str, rng: Random) -> Caption | None:
+    """The caption with one edit, which may leave it true; None where it has no place for one."""
+    things, attributes = map(list, zip(*caption.mentions))
+    spot = rng.randrange(len(things))
     if category == "replace_rel":
         return replace(caption, relation=OPPOSITE[caption.relation])
     if category == "swap_obj":
-        mentions[:2] = mentions[1::-1]
+        things[:2] = things[1::-1]
+        attributes[:2] = attributes[1::-1]
     elif category.startswith("swap"):
-        field = {"swap_att": "colour", "swap_pos": "cell"}[category]
-        first, second = exchange(first, second, field)
-        mentions[:2] = [(first, first_attributes), (second, second_attributes)]
+        things[:2] = exchange(*things[:2], "cell" if category == "swap_pos" else "colour")
     elif category.startswith("replace"):
         field = {"replace_obj": "shape", "replace_pos": "cell"}.get(category)
-        field = field or rng.choice(["colour", *attributes])
-        mentions[spot] = (replace(thing, **{field: other_value(thing, field, rng)}), attributes)
+        field = field or rng.choice(["colour", *attributes[spot]])
+        things[spot] = with_other(things[spot], field, rng)
     elif category == "add_obj":
-        cell = other_value(thing, "cell", rng)
-        fields = [rng.choice(list(VALUES[name])) for name in ("colour", "shape", "size", "texture")]
-        mentions.append((Thing(*fields, cell), ()))
+        cell = with_other(things[spot], "cell", rng).cell
+        values = [rng.choice(list(VALUES[name])) for name in ("colour", "shape", "size", "texture")]
+        things.append(Thing(*values, cell))
+        attributes.append(())
     elif category == "add_att":
-        missing = [name for name in ATTRIBUTES if name not in attributes]
+        missing = [name for name in ATTRIBUTES if name not in attributes[spot]]
         if not missing:
             return None
         field = rng.choice(missing)
-        false = replace(thing, **{field: other_value(thing, field, rng)})
-        mentions[spot] = (false, tuple(n for n in ATTRIBUTES if n in attributes or n == field))
-    return replace(caption, mentions=tuple(mentions))
+        things[spot] = with_other(things[spot], field, rng)
+        attributes[spot] += (field,)
+    return replace(caption, mentions=tuple(zip(things, attributes)))
 
 
 def edited_caption(seed: int, index: int, category: str) -> tuple[Scene, Caption, Caption]:
     """(scene, true caption, false caption): the item that (seed, index, category) decides."""
     scene = make_scene(seed, index)
-    rng = random.Random(f"negative {seed} {index} {category}")
+    rng = Random(f"negative {seed} {index} {category}")
+    style = "position" if category.endswith("_pos") else STYLE_OF.get(category)
     num_mentions = 2 if category == "add_obj" else None
     while True:
-        caption = short_caption(scene, rng, STYLE_OF.get(category), num_mentions)
+        caption = short_caption(scene, rng, style, num_mentions)
         false = edit(caption, category, rng)
         if false and str(false) != str(caption) and not is_true(false, scene):
             if len({thing.kind for thing, _ in false.mentions}) == len(false.mentions):
@@ -432,21 +372,16 @@ def edited_caption(seed: int, index: int, category: str) -> tuple[Scene, Caption
 def caption_triple(seed: int, index: int, category: str) -> tuple[Scene, tuple[str, str, str]]:
     """(scene, (true caption, the same in other words, false caption)), after SugarCrepe++."""
     scene, true, false = edited_caption(seed, index, category)
-    rng = random.Random(f"paraphrase {seed} {index} {category}")
-    same = paraphrase(true, rng)
+    rng = Random(f"paraphrase {seed} {index} {category}")
+    same = true
     while str(same) == str(true):
         same = paraphrase(true, rng)
     return scene, (str(true), str(same), str(false))
 
 
-# ------------------------------------------------------------------------ pairs after Winoground
-
-WINOGROUND_KINDS = ("colour", "relation", "position")
-
-
 def scene_pair(seed: int, index: int, kind: str) -> tuple[tuple[Scene, Scene], tuple[str, str]]:
     """(two scenes, two captions) of the same words: caption i is true of scene i alone."""
-    rng = random.Random(f"pair {seed} {index} {kind}")
+    rng = Random(f"pair {seed} {index} {kind}")
     while True:
         scene = make_scene(seed, f"{index} {rng.random()}")
         a, b, *others = scene.things
@@ -454,47 +389,44 @@ def scene_pair(seed: int, index: int, kind: str) -> tuple[tuple[Scene, Scene], t
         mirrored = replace(scene, things=(new_a, new_b, *others))
         relation = rng.choice(relations(a, b)) if kind == "relation" else None
         first = Caption("", ((a, ()), (b, ())), relation, kind == "position", None)
-        second = replace(first, mentions=((new_a, ()), (new_b, ())))
-        if kind == "relation":
-            second = replace(first, mentions=((b, ()), (a, ())))
+        exchanged = (b, a) if kind == "relation" else (new_a, new_b)
+        second = replace(first, mentions=tuple((thing, ()) for thing in exchanged))
         right = is_true(first, scene) and is_true(second, mirrored)
         if right and not is_true(first, mirrored) and not is_true(second, scene):
             return (scene, mirrored), (str(first), str(second))
 
 
-# ----------------------------------------------------------------------------- rows to train on
+# ------------------------------------------------- rows to train on, and the benchmark of scenes
 
 
 def scene_row(seed: int, index: int, size: int = 96) -> dict:
     """The training pair {"image": ..., "short": ..., "long": ...} that (seed, index) decides.
 
-    Rows 2k and 2k + 1 are siblings, alike but for one exchange; the short caption of each is true
-    of its own scene and false of the other.
+    Rows 2k and 2k + 1 are siblings: the short caption of each is true of its own scene alone.
     """
     first = make_scene(seed, index // 2)
-    second = sibling(first, random.Random(f"sibling {seed} {index // 2}"))
+    second = sibling(first, Random(f"sibling {seed} {index // 2}"))
     scene, rival = (first, second) if index % 2 == 0 else (second, first)
-    rng = random.Random(f"captions {seed} {index}")
+    rng = Random(f"captions {seed} {index}")
     short = short_caption(scene, rng)
     while is_true(short, rival):
         short = short_caption(scene, rng)
     return {"image": render(scene, size), "short": str(short), "long": long_caption(scene, rng)}
 
 
+@dataclass(frozen=True)
 class Scenes:
-    """Rendered scenes with the interface of data.Pairs; siblings share a batch: hard negatives."""
+    """Rendered scenes with the interface of data.Pairs."""
 
-    group_size = 2
-
-    def __init__(self, seed: int, num_scenes: int, image_size: int):
-        self.seed = seed
-        self.num_scenes = num_scenes
-        self.image_size = image_size
+    seed: int
+    num_scenes: int
+    image_size: int
+    group_size = 2  # siblings share a batch, as hard negatives
 
     def __len__(self) -> int:
         return self.num_scenes
 
-    def row(self, index: int, rng: random.Random) -> dict:
+    def row(self, index: int, rng: Random) -> dict:
         return scene_row(self.seed, index, self.image_size) | {"where": f"scene {index}"}
 
 
@@ -507,35 +439,20 @@ def open_scenes(config, model: VladVA) -> tuple[Scenes, "HeldOutScenes"]:
     return Scenes(config.seed, config.num_scenes, size), held_out
 
 
-# --------------------------------------------------------------------------------- the benchmark
-
-
 def described_scene(seed: int, index: int) -> tuple[Scene, Caption]:
     """A held-out scene and its short caption."""
     scene = make_scene(seed, index)
-    return scene, short_caption(scene, random.Random(f"captions {seed} {index}"))
+    return scene, short_caption(scene, Random(f"captions {seed} {index}"))
 
 
-def captioned_scenes(seed: int, count: int, image_size: int) -> tuple[RenderedScenes, list[str]]:
-    """The images of the first `count` held-out scenes, and their long captions."""
-    scenes = [make_scene(seed, i) for i in range(count)]
-    captions = []
-    for i, scene in enumerate(scenes):
-        captions.append(long_caption(scene, random.Random(f"long {seed} {i}")))
-    return RenderedScenes(scenes, image_size), captions
-
-
-def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int) -> Benchmark:
-    """Held-out scenes: a retrieval gallery, hard negatives, pairs of scenes.
-
-    The first num_scenes images and texts are the gallery, text i describing image i. There are
-    num_items hard negatives a category and num_items pairs a kind.
-    """
-    scenes, texts = IndexedList(), IndexedList()
+def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int) -> bench.Benchmark:
+    """Held-out scenes: a gallery, and num_items hard negatives a category and pairs a kind."""
+    scenes, texts = bench.IndexedList(), bench.IndexedList()
+    # the gallery: text i describes scene i, so a caption that two scenes share stands there twice
     for i in range(num_scenes):
         scene, caption = described_scene(seed, i)
         scenes.add(scene)
-        texts.append(str(caption))  # never merged: two scenes may have the same caption
+        texts.append(str(caption))
     triples, pairs = {}, {}
     for category in CATEGORIES:
         triples[category] = []
@@ -549,7 +466,7 @@ def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int)
             pairs[kind].append((list(map(scenes.add, two_scenes)), list(map(texts.add, captions))))
     score = functools.partial(scene_scores, num_scenes, triples, pairs)
     counts = {"scenes": num_scenes, "items a category": num_items}
-    return Benchmark(RenderedScenes(scenes, image_size), texts, score, counts)
+    return bench.Benchmark(RenderedScenes(scenes, image_size), texts, score, counts)
 
 
 def scene_scores(
@@ -561,16 +478,16 @@ def scene_scores(
     {kind: [((scene, scene), (text, text)), ...]}; all are indices into image_emb and text_emb.
     """
     image_of_text = torch.arange(num_scenes)
-    scores = recall(image_emb[:num_scenes], text_emb[:num_scenes], image_of_text)
+    scores = bench.recall(image_emb[:num_scenes], text_emb[:num_scenes], image_of_text)
     negatives = {}
     for category, items in triples.items():
         negatives[category] = [(scene, true, false) for scene, true, _, false in items]
-    scores |= category_scores(negatives, GROUPS, image_emb, text_emb)
-    scores |= category_scores(triples, GROUPS, image_emb, text_emb)
+    scores |= bench.category_scores(negatives, GROUPS, image_emb, text_emb)
+    scores |= bench.category_scores(triples, GROUPS, image_emb, text_emb)
     for kind, items in pairs.items():
         scene, text = torch.tensor(items).unbind(1)  # (items, 2) each
         sim = image_emb[scene] @ text_emb[text].transpose(1, 2)  # (items, 2, 2)
-        for name, value in winoground_scores(sim).items():
+        for name, value in bench.winoground_scores(sim).items():
             scores[f"pairs {kind} {name}"] = value
     return scores
 
@@ -579,11 +496,7 @@ def chance_level(name: str, num_scenes: int) -> float:
     """What a score of the benchmark is by chance, in percent."""
     if "R@" in name:
         return min(100.0, 100 * int(name.split("R@")[1]) / max(1, num_scenes))
-    if name.endswith(("ITT", "TOT")):
-        return 100 / 3
-    if name.startswith("pairs"):
-        return 100 / 6 if name.endswith("group") else 25.0
-    return 50.0
+    return CHANCE.get(name.split()[-1], 50.0)
 
 
 def ceilings(seed: int, num_scenes: int) -> dict[str, float]:
@@ -592,16 +505,15 @@ def ceilings(seed: int, num_scenes: int) -> dict[str, float]:
     fits = torch.zeros(num_scenes, num_scenes, dtype=torch.double)  # row i: scene i, all captions
     for i, scene in enumerate(scenes):
         fits[i] = torch.tensor([is_true(caption, scene) for caption in captions])
-    return {
-        "image_to_text R@1": 100 * (1 / fits.sum(1)).mean().item(),
-        "text_to_image R@1": 100 * (1 / fits.sum(0)).mean().item(),
-    }
+    best = {"image_to_text R@1": 1 / fits.sum(1), "text_to_image R@1": 1 / fits.sum(0)}
+    return {name: 100 * values.mean().item() for name, values in best.items()}
 
 
+TEST_SEED = 2000  # of the scenes that results are reported on, as in train.TrainConfig
+CHANCE = {"ITT": 100 / 3, "TOT": 100 / 3, "text": 25.0, "image": 25.0, "group": 100 / 6}
 REPORTED = (  # rows of a run's table
     *("image_to_text R@1", "image_to_text R@10", "text_to_image R@1", "text_to_image R@10"),
-    *GROUPS,
-    *(f"pairs {kind} group" for kind in WINOGROUND_KINDS),
+    *(*GROUPS, "pairs colour group", "pairs relation group", "pairs position group"),
 )
 
 
@@ -613,21 +525,20 @@ class HeldOutScenes:
     def __init__(self, seed: int, num_scenes: int, image_size: int):
         self.seed = seed
         self.num_scenes = num_scenes
-        self.image_size = image_size
         self.chance = {name: chance_level(name, num_scenes) for name in REPORTED}
-        num_items = max(1, num_scenes // 2)
-        self.benchmark = scene_benchmark(seed, num_scenes, num_items, image_size)
+        self.benchmark = scene_benchmark(seed, num_scenes, max(1, num_scenes // 2), image_size)
 
     def __len__(self) -> int:
         return self.num_scenes
 
-    def measure(self, model: VladVA) -> Measured:
-        image_emb, text_emb = embed_benchmark(model, self.benchmark)
-        scores = self.benchmark.score(image_emb, text_emb)
+    def measure(self, model: VladVA) -> bench.Measured:
+        image_emb, text_emb = bench.embed_benchmark(model, self.benchmark)
         sim = similarity(image_emb[: len(self)], text_emb[: len(self)])
-        count = min(self.num_long_captions, len(self))
-        images, captions = captioned_scenes(self.seed, count, self.image_size)
-        return Measured(scores, sim, mean_caption_loss(model, images, captions))
+        scenes = self.benchmark.images.scenes[: min(self.num_long_captions, len(self))]
+        captions = [long_caption(s, Random(f"long {self.seed} {i}")) for i, s in enumerate(scenes)]
+        images = RenderedScenes(scenes, self.benchmark.images.image_size)
+        caption_loss = bench.mean_caption_loss(model, images, captions)
+        return bench.Measured(self.benchmark.score(image_emb, text_emb), sim, caption_loss)
 
     def image(self, index: int) -> Image.Image:
         return self.benchmark.images[index]
@@ -636,130 +547,89 @@ class HeldOutScenes:
         return self.benchmark.texts[index]
 
 
-# --------------------------------------------------------------------------- captions of scenes
-
-
 def read_caption(text: str) -> dict[tuple[str, str], str]:
     """{(colour, shape): position} of every object that a long caption names with its position."""
-    colours = "|".join(COLOURS)
-    shapes = "|".join(SHAPES)
-    places = "|".join(sorted(POSITIONS, key=len, reverse=True))
+    kind = rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
+    place = rf"(?<![\w-])({'|'.join(POSITIONS)})(?![\w-])"
     position_of = {}
     for sentence in text.split("."):
-        kinds = re.findall(rf"\b({colours}) ({shapes})\b", sentence)
-        positions = re.findall(rf"(?<![\w-])({places})(?![\w-])", sentence)
-        if len(kinds) == 1 and len(positions) == 1:
-            position_of.setdefault(kinds[0], positions[0])
+        kinds = re.findall(kind, sentence)
+        places = re.findall(place, sentence)
+        if len(kinds) == 1 and len(places) == 1:
+            position_of.setdefault(kinds[0], places[0])
     return position_of
-
-
-def count_right(model: VladVA, seed: int, indices: Sequence[int]) -> Tensor:
-    """Objects named, placed, invented and present in some scenes, and questions answered right."""
-    scenes = [make_scene(seed, i) for i in indices]
-    images = RenderedScenes(scenes, model.lvlm.config.vision.image_size)
-    prompts = [model.config.detail_prompt] * len(scenes)
-    captions = model.generate_batch(images, prompts, max_new_tokens=120)
-    things = []
-    for i, scene in zip(indices, scenes):
-        things.append(random.Random(f"where {seed} {i}").choice(scene.things))
-    questions = [f"where is the {' '.join(thing.kind)}?" for thing in things]
-    answers = model.generate_batch(images, questions, max_new_tokens=8)
-    counts = torch.zeros(5, dtype=torch.long)
-    for scene, caption, thing, answer in zip(scenes, captions, things, answers):
-        said = read_caption(caption)
-        real = {thing.kind: POSITIONS[thing.cell] for thing in scene.things}
-        named = len(said.keys() & real.keys())
-        placed = len(said.items() & real.items())
-        right = answer == POSITIONS[thing.cell]
-        counts += torch.tensor([named, placed, len(said) - named, len(real), right])
-    return counts
 
 
 def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict:
     """How right are the model's own words about held-out scenes? In percent.
 
-    named: objects whose colour and shape its greedy caption gives; placed: those with the right
-    position as well; invented: objects that are not there, per 100 that are; where: answers to
-    "where is the ...?" that are right, one a scene.
+    named: objects whose colour and shape a greedy caption gives; placed: with the right position as
+    well; invented: not there, per 100 that are; where: answers to "where is the ...?", one a scene.
     """
-    rank, world_size = rank_and_world_size()
-    indices = range(rank, count, world_size)
-    counts = torch.zeros(5, dtype=torch.long)
-    for start in tqdm(range(0, len(indices), 100), "captioning", leave=False, disable=None):
-        counts += count_right(model, seed, indices[start : start + 100])
-    counts = all_reduce_sum(counts.to(model.lvlm.device)).tolist()
-    named, placed, invented, objects, right = counts
-    return {
-        "scenes": count,
-        "objects": objects,
-        "named": 100 * named / objects,
-        "placed": 100 * placed / objects,
-        "invented": 100 * invented / objects,
-        "where": 100 * right / count,
-    }
+    named = placed = invented = objects = right = 0
+    for start in tqdm(range(0, count, 100), "captioning scenes", leave=False, disable=None):
+        indices = range(start, min(start + 100, count))
+        scenes = [make_scene(seed, i) for i in indices]
+        things = [Random(f"where {seed} {i}").choice(s.things) for i, s in zip(indices, scenes)]
+        questions = [f"where is the {' '.join(thing.kind)}?" for thing in things]
+        images = RenderedScenes(scenes, model.lvlm.config.vision.image_size)
+        prompts = [model.config.detail_prompt] * len(scenes)
+        captions = model.generate_batch(images, prompts, max_new_tokens=120)
+        answers = model.generate_batch(images, questions, max_new_tokens=8)
+        for thing, answer in zip(things, answers):
+            right += answer == POSITIONS[thing.cell]
+        for scene, caption in zip(scenes, captions):
+            said = read_caption(caption)
+            real = {thing.kind: POSITIONS[thing.cell] for thing in scene.things}
+            objects += len(real)
+            named += len(said.keys() & real.keys())
+            placed += len(said.items() & real.items())
+            invented += len(said.keys() - real.keys())
+    percent = {"named": named, "placed": placed, "invented": invented}
+    percent = {name: 100 * value / objects for name, value in percent.items()}
+    return {"scenes": count, "objects": objects} | percent | {"where": 100 * right / count}
 
 
 # -------------------------------------------------------------------------------- command line
 
-CAPTION_LABELS = {
-    "named": "objects with the right colour and shape",
-    "placed": "... and in the right place",
-    "invented": "invented objects per 100 real ones",
-    "where": '"where is the ...?" answered right',
-}
 
-
-def run_scenes(model: VladVA, seed: int, num_scenes: int) -> dict:
-    """Measure a model, print every score; returns what --json writes."""
-    size = model.lvlm.config.vision.image_size
-    benchmark = scene_benchmark(seed, num_scenes, max(1, num_scenes // 2), size)
-    scores = benchmark.score(*embed_benchmark(model, benchmark))
+def measure_scenes(model: VladVA, seed: int, num_scenes: int) -> dict:
+    """Print every score of the benchmark; returns what --json writes."""
+    held_out = HeldOutScenes(seed, num_scenes, model.lvlm.config.vision.image_size)
+    measured = held_out.measure(model)
     ceiling = ceilings(seed, num_scenes)
     rows = []
-    for name, value in scores.items():
+    for name, value in measured.scores.items():
         best = f"{ceiling[name]:.1f}" if name in ceiling else ""
         chance = f"{chance_level(name, num_scenes):.1f}"
         rows.append([name.replace("_", " "), chance, best, f"{value:.1f}"])
+    rows.append(["long captions, nats a token", "", "", f"{measured.caption_loss:.3f}"])
     say(format_table(["percent", "chance", "ceiling", "this model"], rows))
-    return {"counts": benchmark.counts, "scores": scores, "ceiling": ceiling}
-
-
-def run_captions(model: VladVA, seed: int, num_scenes: int) -> dict:
-    """Let a model describe scenes, print how right it is; returns what --json writes."""
-    results = caption_accuracy(model, seed, num_scenes)
-    rows = [[label, f"{results[name]:.1f}"] for name, label in CAPTION_LABELS.items()]
-    say(format_table(["percent", "this model"], rows))
-    return results
-
-
-TASKS = {"scenes": (run_scenes, 1000), "captions": (run_captions, 300)}  # and default --holdout
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.scenes", description="Benchmark of the rendered scenes."
-    )
-    parser.add_argument(
-        "--task", choices=sorted(TASKS), default="scenes", help="what to measure (default: scenes)"
-    )
-    add_model_flags(parser)
-    seed_help = f"of the held-out scenes (default: {TEST_SEED})"
-    parser.add_argument("--seed", type=int, default=TEST_SEED, help=seed_help)
-    count_help = "scenes, and half as many items a category (default: 1000; captions: 300)"
-    parser.add_argument("--holdout", type=int, metavar="N", help=count_help)
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers (default: no file)")
-    return parser
+    results = {"counts": held_out.benchmark.counts, "scores": measured.scores, "ceiling": ceiling}
+    return results | {"caption_loss": measured.caption_loss}
 
 
 @command
 def main(argv: list[str] | None = None) -> dict:
-    args = build_parser().parse_args(argv)
-    run, num_scenes = TASKS[args.task]
-    if args.holdout is not None:
-        num_scenes = args.holdout
-    if num_scenes < 2:
-        raise ValueError(f"--holdout {num_scenes}: at least 2 scenes are needed")
-    results = run(load_model(args), args.seed, num_scenes)
+    parser = argparse.ArgumentParser("python -m extras.scenes", description=__doc__.split("\n")[0])
+    task_help = "the benchmark, or how right the model's own captions are (default: scenes)"
+    parser.add_argument("--task", choices=("scenes", "captions"), default="scenes", help=task_help)
+    add_model_flags(parser)
+    seed_help = f"of the held-out scenes (default: {TEST_SEED})"
+    parser.add_argument("--seed", type=int, default=TEST_SEED, help=seed_help)
+    holdout_help = "scenes, and half as many items a category (default: 1000)"
+    parser.add_argument("--holdout", type=int, default=1000, metavar="N", help=holdout_help)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers (default: no file)")
+    args = parser.parse_args(argv)
+    if args.holdout < 2:
+        raise ValueError(f"--holdout {args.holdout}: at least 2 scenes are needed")
+    model = load_model(args)
+    if args.task == "scenes":
+        results = measure_scenes(model, args.seed, args.holdout)
+    else:
+        results = caption_accuracy(model, args.seed, args.holdout)
+        rows = [[name, f"{results[name]:.1f}"] for name in ("named", "placed", "invented", "where")]
+        say(format_table(["percent", "this model"], rows))
     about = {"task": args.task, "model": args.model, "adapter": args.adapter, "seed": args.seed}
     if args.json and rank_and_world_size()[0] == 0:
         write_json(args.json, about | results)

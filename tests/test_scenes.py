@@ -1,5 +1,6 @@
 """The scenes: what their captions promise, the benchmark made of them, and captions read back."""
 
+import hashlib
 import importlib.util
 import json
 import random
@@ -10,34 +11,54 @@ import pytest
 import torch
 
 import data
-import eval as benchmarks
 from extras import scenes
+from train import TrainConfig
 
-# ------------------------------------------------------------------------------------------------------ scenes
+# ------------------------------------------------------------------------------------------ scenes
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """assets/make_tiny.py as a module."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the recipe sets it when it is imported
+    spec = importlib.util.spec_from_file_location("make_tiny", data.TINY.parent / "make_tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_a_scene_is_decided_by_seed_and_index_alone():
     first = scenes.scene_row(3, 7)
-    scenes.make_scene(1, 1), random.random()
+    scenes.make_scene(1, 1)
+    random.random()
     again = scenes.scene_row(3, 7)
-    assert first["image"].tobytes() == again["image"].tobytes() and (
-        first["short"],
-        first["long"],
-    ) == (again["short"], again["long"])
-    assert scenes.scene_row(3, 8)["short"] != first["short"] and scenes.make_scene(
-        4, 7
-    ) != scenes.make_scene(3, 7)
+    assert first["image"].tobytes() == again["image"].tobytes()
+    assert (first["short"], first["long"]) == (again["short"], again["long"])
+    assert scenes.scene_row(3, 8)["short"] != first["short"]
+    assert scenes.make_scene(4, 7) != scenes.make_scene(3, 7)
+
+
+def test_the_random_streams_never_change():
+    """The tiny weights and all recorded tables come of these; a rewrite must not touch them."""
+    row = scenes.scene_row(0, 5)
+    digest = hashlib.sha256()
+    digest.update(row["image"].tobytes())
+    texts = [row["short"], row["long"]]
+    for category in scenes.CATEGORIES:
+        texts += scenes.caption_triple(0, 5, category)[1]
+    for kind in scenes.WINOGROUND_KINDS:
+        texts += scenes.scene_pair(0, 5, kind)[1]
+    digest.update("\n".join(texts).encode())
+    assert digest.hexdigest()[:16] == "8ae6e8ca0a529ef5"
 
 
 def test_scenes_keep_their_promises():
     for i in range(300):
         scene = scenes.make_scene(0, i)
         assert 2 <= len(scene.things) <= 4
-        assert (
-            len({thing.kind for thing in scene.things})
-            == len({thing.cell for thing in scene.things})
-            == len(scene.things)
-        )
+        kinds = {thing.kind for thing in scene.things}
+        cells = {thing.cell for thing in scene.things}
+        assert len(kinds) == len(cells) == len(scene.things)
 
 
 def test_every_object_is_drawn_in_its_cell_in_its_colour():
@@ -50,9 +71,8 @@ def test_every_object_is_drawn_in_its_cell_in_its_colour():
             assert (np.abs(cell - scenes.COLOURS[thing.colour]).sum(1) < 30).mean() > 0.02
         for empty in set(range(9)) - {thing.cell for thing in scene.things}:
             row, col = divmod(empty, scenes.GRID)
-            middle = pixels[row * 64 + 16 : row * 64 + 48, col * 64 + 16 : col * 64 + 48].reshape(
-                -1, 3
-            )
+            top, left = row * 64 + 16, col * 64 + 16
+            middle = pixels[top : top + 32, left : left + 32].reshape(-1, 3)
             assert (middle == scenes.BACKGROUNDS[scene.background]).all()
 
 
@@ -66,25 +86,20 @@ def test_long_captions_name_every_object_with_its_attributes_and_place():
     for i in range(200):
         scene = scenes.make_scene(0, i)
         caption = scenes.long_caption(scene, random.Random(i))
-        assert all(
-            thing.phrase(("size", "texture")) in caption and scenes.POSITIONS[thing.cell] in caption
-            for thing in scene.things
-        )
+        for thing in scene.things:
+            assert thing.phrase(("size", "texture")) in caption
+            assert scenes.POSITIONS[thing.cell] in caption
         assert scene.background in caption
 
 
 def reads(text, scene):
     """An independent reading of a short caption by its words: is it true of the scene?"""
-    text = (
-        text.removeprefix("a picture of ")
-        .removeprefix("an image of ")
-        .removeprefix("there is ")
-        .removeprefix("the image shows ")
-    )
+    for opening in ("a picture of ", "an image of ", "there is ", "the image shows "):
+        text = text.removeprefix(opening)
     text, _, background = text.partition(" on a ")
     if background and background.split()[0] != scene.background:
         return False
-    found = []
+    cells = []
     for word in ("left of", "right of", "above", "below"):
         text = text.replace(f" {word} ", f" | {word} | ")
     text = text.replace(", ", " ; ").replace(" and ", " ; ")
@@ -92,225 +107,218 @@ def reads(text, scene):
     for phrase in text.replace(f"| {relation} |", ";").split(";"):
         words = phrase.split()[1:]
         place = words.pop() if words[-1] in scenes.POSITIONS else None
-        match = [
-            thing
-            for thing in scene.things
-            if list(thing.kind) == words[-2:]
-            and all(word in (thing.size, thing.texture) for word in words[:-2])
-        ]
-        if not match or (place and scenes.POSITIONS[match[0].cell] != place):
+        *attributes, colour, shape = words
+        match = [thing for thing in scene.things if thing.kind == (colour, shape)]
+        if not match or not set(attributes) <= {match[0].size, match[0].texture}:
             return False
-        found.append(divmod(match[0].cell, 3))
-    (row_a, col_a), (row_b, col_b) = found[:2]
-    return (
-        relation is None
-        or {
-            "left of": col_a < col_b,
-            "right of": col_a > col_b,
-            "above": row_a < row_b,
-            "below": row_a > row_b,
-        }[relation]
-    )
+        if place and scenes.POSITIONS[match[0].cell] != place:
+            return False
+        cells.append(divmod(match[0].cell, 3))
+    (row_a, col_a), (row_b, col_b) = cells[:2]
+    truths = {
+        None: True,
+        "left of": col_a < col_b,
+        "right of": col_a > col_b,
+        "above": row_a < row_b,
+        "below": row_a > row_b,
+    }
+    return truths[relation]
+
+
+def content_words(caption):
+    """The words of a caption in alphabetical order, without articles and commas."""
+    words = caption.replace(",", "").split()
+    return sorted(word for word in words if word not in ("a", "an"))
 
 
 @pytest.mark.parametrize("category", scenes.CATEGORIES)
 def test_hard_negatives_are_false_and_differ_by_one_edit(category):
     for i in range(200):
-        scene, true, false = scenes.hard_negative(0, i, category)
+        scene, true, false = map_captions(scenes.edited_caption(0, i, category))
         assert reads(true, scene) and not reads(false, scene), (true, false)
-        assert scenes.hard_negative(0, i, category) == (scene, true, false)
+        assert map_captions(scenes.edited_caption(0, i, category)) == (scene, true, false)
         gained = len(false.split()) - len(true.split())
         if category.startswith("replace"):
-            assert (
-                sum(a != b for a, b in zip(true.split(), false.split())) <= 2 and gained == 0
-            )  # "a red" -> "an orange" is two words
+            # "a red" -> "an orange" is two words
+            changed = sum(a != b for a, b in zip(true.split(), false.split()))
+            assert changed <= 2 and gained == 0
         if category.startswith("swap"):
-            assert sorted(
-                word for word in true.replace(",", "").split() if word not in ("a", "an")
-            ) == sorted(word for word in false.replace(",", "").split() if word not in ("a", "an"))
+            assert content_words(true) == content_words(false)
         if category.startswith("add"):
             assert gained > 0
 
 
+def map_captions(item):
+    """(scene, true Caption, false Caption) with the captions as text."""
+    scene, true, false = item
+    return scene, str(true), str(false)
+
+
 @pytest.mark.parametrize("category", scenes.CATEGORIES)
 def test_triples_hold_two_true_captions_and_a_false_one(category):
-    """After SugarCrepe++; the first and the last are hard_negative's."""
+    """After SugarCrepe++; the first and the last are edited_caption's."""
     for i in range(100):
         scene, (true, same, false) = scenes.caption_triple(0, i, category)
-        assert (scene, true, false) == scenes.hard_negative(0, i, category)
+        assert (scene, true, false) == map_captions(scenes.edited_caption(0, i, category))
         assert same != true and reads(same, scene) and not reads(false, scene)
-        assert {word for word in same.split() if word in scenes.COLOURS} == {
-            word for word in true.split() if word in scenes.COLOURS
-        }
+        colours = [{w for w in text.split() if w in scenes.COLOURS} for text in (true, same)]
+        assert colours[0] == colours[1]
 
 
 @pytest.mark.parametrize("kind", scenes.WINOGROUND_KINDS)
 def test_scene_pairs_use_the_same_words_and_each_caption_fits_one_scene(kind):
     for i in range(100):
-        two, captions = scenes.scene_pair(0, i, kind)
-        assert [[reads(caption, scene) for scene in two] for caption in captions] == [
-            [True, False],
-            [False, True],
-        ]
-        words = [
-            sorted(word for word in caption.split() if word not in ("a", "an"))
-            for caption in captions
-        ]
-        assert words[0] == words[1]
+        (scene, mirrored), (first, second) = scenes.scene_pair(0, i, kind)
+        assert reads(first, scene) and not reads(first, mirrored)
+        assert reads(second, mirrored) and not reads(second, scene)
+        assert content_words(first) == content_words(second)
 
 
-def test_questions_are_answered_right():
+def test_questions_are_answered_right(recipe):
     for i in range(300):
         scene = scenes.make_scene(0, i)
-        ask, answer = scenes.question(scene, random.Random(i))
-        by_name = {" ".join(thing.kind): thing for thing in scene.things}
+        ask, answer = recipe.question(scene, random.Random(i), scenes.ATTRIBUTES)
         if ask.startswith("where"):
-            assert (
-                answer
-                == scenes.POSITIONS[by_name[ask.removeprefix("where is the ").rstrip("?")].cell]
-            )
+            name = ask.removeprefix("where is the ").rstrip("?")
+            (thing,) = [thing for thing in scene.things if " ".join(thing.kind) == name]
+            assert answer == scenes.POSITIONS[thing.cell]
         else:
-            (thing,) = [
-                thing for thing in scene.things if f"at the {scenes.POSITIONS[thing.cell]}?" in ask
-            ]
+            place = ask.removeprefix("what is at the ").rstrip("?")
+            (thing,) = [t for t in scene.things if scenes.POSITIONS[t.cell] == place]
             assert answer == thing.phrase(("size", "texture"))
 
 
-def test_what_is_held_out_of_pre_training_is_in_no_conversation_and_in_every_long_caption(
-    monkeypatch,
-):
-    """Sizes, textures, relations: the long captions of the adaptation say them, the tiny model's recipe never does."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the recipe sets it when it is imported
-    spec = importlib.util.spec_from_file_location("make_tiny", data.TINY.parent / "make_tiny.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    held_out = re.compile(
-        r"\b(" + "|".join([*scenes.SIZES, *scenes.TEXTURES, *scenes.OPPOSITE]) + r")\b"
-    )
-    kinds = set()
+def test_what_is_held_out_of_pre_training_is_in_no_conversation_and_in_every_long_caption(recipe):
+    """Sizes, textures, relations: the adaptation's long captions say them, the recipe never."""
+    words = "|".join([*scenes.SIZES, *scenes.TEXTURES, *scenes.OPPOSITE])
+    held_out = re.compile(rf"\b({words})\b")
+    num_turns = set()
     for i in range(600):
-        scene, rng = scenes.make_scene(0, i, counts=(2, 3, 4, 7)), random.Random(i)
+        scene = scenes.make_scene(0, i, counts=(2, 3, 4, 7))
+        rng = random.Random(i)
         for turns in (recipe.image_turns(scene, rng), recipe.text_turns(scene, rng)):
-            assert not held_out.search(" ".join(part for turn in turns for part in turn)), turns
-            kinds.add(len(turns))
+            text = " ".join(" ".join(turn) for turn in turns)
+            assert not held_out.search(text), turns
+            num_turns.add(len(turns))
         if len(scene.things) < 5:
-            found = set(held_out.findall(scenes.long_caption(scene, rng)))
-            assert (
-                found & set(scenes.SIZES)
-                and found & set(scenes.TEXTURES)
-                and found & set(scenes.OPPOSITE)
-            )
-    assert kinds == {1, 2, 3, 4}
+            present = set(held_out.findall(scenes.long_caption(scene, rng)))
+            for values in (scenes.SIZES, scenes.TEXTURES, scenes.OPPOSITE):
+                assert present & set(values)
+    assert num_turns == {1, 2, 3, 4}
 
 
-# ------------------------------------------------------------------------------------------------------ the benchmark
+# ----------------------------------------------------------------------------------- the benchmark
 
 
 def test_scores_of_an_oracle_are_the_ceiling():
-    """Embeddings that say which captions are true of which scene: every category 100, retrieval at its ceiling up to ties."""
-    bench = scenes.scene_benchmark(7, gallery=60, items=20)
-    truth = {}
-    for i in range(len(bench.scenes)):
-        for items in bench.negatives.values():
-            truth |= {(i, t): 1.0 for s, *true, _ in items if s == i for t in true}
-        for items in bench.pairs.values():
-            truth |= {(two[k], texts[k]): 1.0 for two, texts in items for k in (0, 1)}
-    sim = torch.zeros(len(bench.scenes), len(bench.texts))
-    for (i, t), value in truth.items():
-        sim[i, t] = value
+    """Embeddings that say which captions are true of which scene: every category 100."""
+    bench = scenes.scene_benchmark(7, 60, 20, 96)
+    sim = torch.zeros(len(bench.images), len(bench.texts))
+    for i, scene in enumerate(bench.images.scenes):
+        for t, text in enumerate(bench.texts):
+            sim[i, t] = float(reads(text, scene))
     sim[torch.arange(60), torch.arange(60)] = 2.0
-    results = scenes.score(bench, sim, torch.eye(len(bench.texts)))
-    assert set(results["negatives"].values()) == {100.0} and set(results["groups"].values()) == {
-        100.0
-    }
-    assert all(
-        scores == {"text": 100, "image": 100, "group": 100}
-        for scores in results["winoground"].values()
-    )
-    assert 50 < results["ceiling"]["text_to_image"] <= 100
+    scores = bench.score(sim, torch.eye(len(bench.texts)))
+    for name, value in scores.items():
+        if "TOT" not in name:  # the oracle's texts lie at right angles to one another
+            assert value == 100, name
+    assert {f"pairs {kind} group" for kind in scenes.WINOGROUND_KINDS} <= scores.keys()
+    assert {*scenes.CATEGORIES, *scenes.GROUPS, "Swap ITT", "swap_pos TOT"} <= scores.keys()
+    assert 50 < scenes.ceilings(7, 60)["text_to_image R@1"] <= 100
 
 
 def test_group_means_are_plain_means_of_their_categories():
-    bench = scenes.scene_benchmark(7, gallery=10, items=15)
+    bench = scenes.scene_benchmark(7, 10, 15, 96)
     torch.manual_seed(0)
-    results = scenes.score(
-        bench, torch.randn(len(bench.scenes), 8), torch.randn(len(bench.texts), 8)
-    )
-    swaps = [results["negatives"][c] for c in ("swap_obj", "swap_att", "swap_pos")]
-    assert results["groups"]["Swap"] == pytest.approx(sum(swaps) / 3)
+    scores = bench.score(torch.randn(len(bench.images), 8), torch.randn(len(bench.texts), 8))
+    for suffix in ("", " ITT", " TOT"):
+        swaps = [scores[category + suffix] for category in ("swap_obj", "swap_att", "swap_pos")]
+        assert scores["Swap" + suffix] == pytest.approx(sum(swaps) / 3)
 
 
 def test_the_ceiling_counts_captions_that_fit_several_scenes():
-    bench = scenes.scene_benchmark(7, gallery=80, items=1)
-    captions = [
-        scenes.short_caption(scenes.make_scene(7, i), random.Random(f"captions 7 {i}"))
-        for i in range(80)
-    ]
-    fits = [
-        sum(scenes.is_true(caption, scene) for scene in bench.scenes[:80]) for caption in captions
-    ]
-    assert bench.ceiling["text_to_image"] == pytest.approx(100 * sum(1 / n for n in fits) / 80)
+    gallery = scenes.scene_benchmark(7, 80, 1, 96).images.scenes[:80]
+    ceiling = 0
+    for i in range(80):
+        caption = scenes.short_caption(gallery[i], random.Random(f"captions 7 {i}"))
+        ceiling += 100 / 80 / sum(scenes.is_true(caption, scene) for scene in gallery)
+    assert scenes.ceilings(7, 80)["text_to_image R@1"] == pytest.approx(ceiling)
+
+
+def test_scenes_of_a_benchmark_are_rendered_when_they_are_indexed():
+    """A gallery of 1,000 with its items holds some 7,000 images: 2 GB at 336 pixels a side."""
+    bench = scenes.scene_benchmark(7, 4, 2, 64)
+    assert bench.images[3].size == (64, 64)
+    assert bench.images[3].tobytes() == scenes.render(scenes.make_scene(7, 3), 64).tobytes()
+
+
+def test_a_run_holds_out_as_many_scenes_as_it_says_and_measures_them(random_model):
+    config = TrainConfig(holdout=6, num_scenes=40, seed=3, eval_seed=7)
+    rows, held_out = scenes.open_scenes(config, random_model)
+    assert len(rows) == 40 and rows.row(1, None)["where"] == "scene 1"
+    assert len(held_out) == 6
+    side = random_model.lvlm.config.vision.image_size
+    image = scenes.render(scenes.make_scene(7, 2), side)
+    assert held_out.image(2).tobytes() == image.tobytes()
+    assert held_out.caption(2) == str(scenes.described_scene(7, 2)[1])
+    measured = held_out.measure(random_model)
+    assert measured.sim.shape == (6, 6) and measured.caption_loss > 0
+    assert list(held_out.chance) == list(scenes.REPORTED)
+    assert held_out.chance.keys() <= measured.scores.keys()
+    assert held_out.chance["image_to_text R@1"] == pytest.approx(100 / 6)
+    assert len(scenes.open_scenes(TrainConfig(holdout=0), random_model)[1]) == 0
 
 
 def test_long_captions_are_read_back():
     for i in range(200):
         scene = scenes.make_scene(0, i)
-        told = scenes.read_caption(scenes.long_caption(scene, random.Random(i)))
-        assert told == {thing.kind: scenes.POSITIONS[thing.cell] for thing in scene.things}
+        position_of = scenes.read_caption(scenes.long_caption(scene, random.Random(i)))
+        assert position_of == {t.kind: scenes.POSITIONS[t.cell] for t in scene.things}
 
 
 def test_caption_accuracy_counts_by_hand(random_model, monkeypatch):
-    """Two scenes: one told right, one with every object in a wrong place and one invented."""
-    two = [scenes.make_scene(3, i) for i in range(2)]
-    right = " ".join(f"{thing.phrase()} {scenes.POSITIONS[thing.cell]}." for thing in two[0].things)
-    wrong = " ".join(
-        f"{thing.phrase()} {scenes.POSITIONS[(thing.cell + 1) % 9]}." for thing in two[1].things
-    )
-    absent = next(
-        f"a {c} {s}"
-        for c in ("red", "blue")
-        for s in scenes.SHAPES
-        if (c, s) not in {thing.kind for thing in two[1].things}
-    )
-    answers = iter([[right, f"{wrong} {absent} center."], ["nowhere", "nowhere"]])
+    """Two scenes: one is described right, one with every object misplaced and one invented."""
+    first, second = (scenes.make_scene(3, i) for i in range(2))
+    right, wrong = [], []
+    for thing in first.things:
+        right.append(f"{thing.phrase()} {scenes.POSITIONS[thing.cell]}.")
+    for thing in second.things:
+        wrong.append(f"{thing.phrase()} {scenes.POSITIONS[(thing.cell + 1) % 9]}.")
+    kinds = {thing.kind for thing in second.things}
+    absent = next(shape for shape in scenes.SHAPES if ("red", shape) not in kinds)
+    wrong.append(f"a red {absent} center.")
+    answers = iter([[" ".join(right), " ".join(wrong)], ["nowhere", "nowhere"]])
     monkeypatch.setattr(random_model, "generate_batch", lambda *_, **__: next(answers))
     scores = scenes.caption_accuracy(random_model, 3, 2)
-    total = len(two[0].things) + len(two[1].things)
-    assert scores["named"] == 100 and scores["placed"] == pytest.approx(
-        100 * len(two[0].things) / total
-    )
-    assert scores["invented"] == pytest.approx(100 / total) and scores["where"] == 0
+    total = len(first.things) + len(second.things)
+    assert scores["named"] == 100 and scores["where"] == 0
+    assert scores["placed"] == pytest.approx(100 * len(first.things) / total)
+    assert scores["invented"] == pytest.approx(100 / total)
 
 
 def test_the_command_prints_the_table_and_writes_the_same_numbers(random_folder, tmp_path, capsys):
     file = tmp_path / "scores.json"
-    scenes.main(
-        ["--model", str(random_folder), "--gallery", "20", "--items", "5", "--json", str(file)]
-    )
-    table, written = capsys.readouterr().out, json.loads(file.read_text())
-    assert (
-        written["gallery"] == 20
-        and written["scene_seed"] == benchmarks.TEST_SEED
-        and written["image_mode"] == "crop"
-    )
-    for line in (
-        "swap att",
-        "Replace, mean",
-        "image to text R@10",
-        "pairs, relation exchanged: group",
-    ):
-        assert line in table
-    assert f"{written['negatives']['swap_att']:.1f}" in table
-    scenes.main(
-        ["--model", str(random_folder), "--task", "captions", "--items", "3", "--json", str(file)]
-    )
+    flags = ["--model", str(random_folder), "--json", str(file)]
+    scenes.main([*flags, "--holdout", "10"])
+    table = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["counts"] == {"scenes": 10, "items a category": 5}
+    assert written["seed"] == scenes.TEST_SEED == TrainConfig().eval_seed
+    for line in ("swap att", "Replace", "image to text R@10", "pairs relation group"):
+        assert f"\n{line} " in table
+    for name, value in written["scores"].items():
+        (row,) = [
+            row for row in table.splitlines() if row.startswith(name.replace("_", " ") + "  ")
+        ]
+        assert row.endswith(f" {value:.1f}")
+    scenes.main([*flags, "--task", "captions", "--holdout", "3"])
     assert json.loads(file.read_text())["objects"] > 0
 
 
 def test_bad_requests_are_one_line_and_exit_code_2(random_folder, capsys):
     for arguments, message in (
-        (["--model", "nowhere"], "no model folder"),
-        (["--gallery", "1"], "--gallery 1"),
+        (["--model", "nowhere"], "no model"),
+        (["--holdout", "1"], "--holdout 1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             scenes.main(arguments)
