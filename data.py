@@ -503,20 +503,24 @@ class BadRows:
 
     def write_to(self, path: Path) -> None:
         """Keep the list in a file from now on."""
-        new, self.messages, self.path = self.messages, [], path
-        if path.exists():
-            self.messages = path.read_text(encoding="utf-8").splitlines()
-        self.add(new)
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        new = [message for message in self.messages if message not in before]
+        self.path = path
+        self.messages = before + new
+        self.write(new)
 
     def add(self, messages: list[str]) -> None:
         """Take note of what was wrong with some rows."""
         for message in (" ".join(message.split()) for message in messages):
             if message not in self.messages:
                 self.messages.append(message)
+                self.write([message])
                 print(f"left out: {message}", file=sys.stderr, flush=True)
-                if self.path is not None:
-                    with open(self.path, "a", encoding="utf-8") as file:
-                        file.write(message + "\n")
+
+    def write(self, messages: list[str]) -> None:
+        if self.path is not None and messages:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(f"{message}\n" for message in messages)
 
     def too_many(self, num_bad: int, rows_seen: int) -> bool:
         """Should the run end? num_bad: how many there are, over all processes."""

@@ -49,8 +49,11 @@ def write_json(path: str | Path, value) -> None:
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def from_json(cls, raw, where: str, ignore_unknown: bool = False):
-    """A dataclass from a JSON object; ValueError names an unknown field, or one of another type."""
+def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | None = None):
+    """A dataclass from a JSON object; ValueError names an unknown field, or one of another type.
+
+    lowest: of the integers in it.
+    """
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
     types = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -60,13 +63,11 @@ def from_json(cls, raw, where: str, ignore_unknown: bool = False):
     values = {name: raw[name] for name in types if name in raw}
     for name, value in values.items():
         allowed = typing.get_args(types[name]) or (types[name],)
-        number = type(value) is int and float in allowed  # JSON writes 1.0 as 1 at times
-        if (
-            not isinstance(value, allowed)
-            and not number
-            or isinstance(value, bool) > (bool in allowed)
-        ):
+        kinds = (*allowed, int) if float in allowed else allowed  # JSON writes 1.0 as 1 at times
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
             raise ValueError(f"{where}: {name} is {value!r}, wanted {types[name]}")
+        if lowest is not None and type(value) is int and value < lowest:
+            raise ValueError(f"{where}: {name} is {value}, wanted {lowest} or more")
     return cls(**values)
 
 
@@ -170,8 +171,8 @@ class LVLMConfig:
         text |= {"bos_token_id": 1, "eos_token_id": 2} | raw["text_config"] | rope
         vision = raw["vision_config"]
         fields = {
-            "vision": from_json(VisionConfig, vision, "config.json vision_config", True),
-            "decoder": from_json(DecoderConfig, text, "config.json text_config", True),
+            "vision": from_json(VisionConfig, vision, "config.json vision_config", True, 1),
+            "decoder": from_json(DecoderConfig, text, "config.json text_config", True, 1),
             "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
             "vision_feature_layer": raw.get("vision_feature_layer", -2),
             "bos_token_id": text["bos_token_id"],

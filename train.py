@@ -227,7 +227,7 @@ def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor,
         rows, first = data.all_gather_rows(own.detach())
         leaves[name] = own
         everyone[name] = torch.cat([rows[:first], own, rows[first + len(own) :]])
-    loss = model.embedding_loss(Embeddings(**everyone))
+    loss = model.loss.function(model, Embeddings(**everyone))
     if loss.requires_grad:
         loss.backward()
     columns = []
@@ -462,6 +462,7 @@ def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows):
 def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
+    assert model.loss  # known, before anything long begins
     batch_size = min(config.batch_size, len(rows))
     if batch_size < max(2, world_size):
         raise ValueError(f"a batch of {batch_size} rows: at least {max(2, world_size)} are needed")

@@ -226,10 +226,6 @@ class VladVA(nn.Module):
         A fresh adapter changes no embedding: lora_b is zero, and each soft prompt holds the
         embeddings of the tokens it replaces.
         """
-        if self.config.loss not in LOSSES:
-            raise ValueError(f"loss is {self.config.loss!r}, known are {', '.join(LOSSES)}")
-        for name, value in LOSSES[self.config.loss].parameters(self.config).items():
-            self.loss_parameters[name] = nn.Parameter(torch.tensor(value, device=self.lvlm.device))
         if self.config.lora:
             attach_lora(self.lvlm.decoder, self.config.lora_rank, self.config.lora_alpha, seed)
         if self.config.soft_prompts:
@@ -237,7 +233,18 @@ class VladVA(nn.Module):
                 ids = torch.tensor(self.hand_prompt_ids(modality), device=self.lvlm.device)
                 vectors = self.lvlm.embed(ids).detach().clone().float()  # (P, D)
                 self.soft_prompts[modality] = nn.Parameter(vectors)
+        if self.config.loss in LOSSES:  # who only encodes needs no loss
+            for name, value in self.loss.parameters(self.config).items():
+                value = torch.tensor(float(value), device=self.lvlm.device)
+                self.loss_parameters[name] = nn.Parameter(value)
         self.adapted = True
+
+    @property
+    def loss(self) -> EmbeddingLoss:
+        """The entry of LOSSES that the config names."""
+        if self.config.loss not in LOSSES:
+            raise ValueError(f"loss is {self.config.loss!r}, known are {', '.join(LOSSES)}")
+        return LOSSES[self.config.loss]
 
     def hand_prompt_ids(self, modality: str) -> list[int]:
         """Token ids that the soft prompt of a modality replaces."""
@@ -351,7 +358,7 @@ class VladVA(nn.Module):
         A row is {"image": RGB image or None, "short": caption or None, "long": caption or None} and
         possibly "texts": further texts, for losses that take them.
         """
-        inputs = LOSSES[self.config.loss].inputs
+        inputs = self.loss.inputs
         images, long_captions, short_captions, image_of_text, texts = [], [], [], [], []
         for row in rows:
             if "texts" in inputs:
@@ -415,14 +422,10 @@ class VladVA(nn.Module):
             texts_emb = summary_embedding(self.hidden_states(batch.further_texts, "text")[0])
         return Embeddings(image_emb, text_emb, texts_emb), caption_states
 
-    def embedding_loss(self, emb: Embeddings) -> Tensor:
-        """The loss of LOSSES that the config names (Eq. 1), on the embeddings of a whole batch."""
-        return LOSSES[self.config.loss].function(self, emb)
-
     def forward(self, batch: data.TrainingBatch) -> Tensor:
         """L = L_con + weight L_CE of a batch in one piece (paper Sec. 3.2.3), 0-d."""
         emb, caption_states = self.embed_batch(batch)
-        loss = self.embedding_loss(emb)
+        loss = self.loss.function(self, emb)
         targets = batch.caption_targets
         if len(targets):
             next_token = next_token_loss(caption_states, targets, self.lvlm.lm_head.weight)
@@ -498,6 +501,8 @@ class VladVA(nn.Module):
         if not self.adapted:
             self.attach()
         parameters = self.trained_parameters()
+        if self.config.loss not in LOSSES:
+            tensors = {name: t for name, t in tensors.items() if name in parameters}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         wanted = {name: p.shape for name, p in parameters.items()}
         check_shapes(shapes, wanted, f"{source} does not fit {self.name}")

@@ -360,7 +360,6 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_name(section, change, me
         LVLM(parse_config(changed_config(section, change)))
 
 
-@pytest.mark.xfail(reason="the core does not check the dimensions of a config.json yet")
 @pytest.mark.parametrize(
     "section, change, message",
     [
