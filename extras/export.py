@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def spell_template(model: VladVA, modality: str, prompt: str, tokenizer) -> str:
     """
     template = getattr(model.config, f"{modality}_template")
     bare = re.sub(r" ?\{prompt\} ?", "{prompt}", template)
-    captions = ("a", "The red bus.", "2 dogs, a cat") if modality == "text" else ("",)
+    captions = ("a", "The red bus.", "2 dogs", "“Ä” 犬") if modality == "text" else ("",)
     wanted = []
     for caption in captions:
         ids, start, end = prompt_ids(model, modality, caption)
@@ -168,30 +167,15 @@ def save_merged(model: VladVA, embeddings: dict[int, Tensor], folder, max_shard_
 # --------------------------------------------------------------------- what stands beside them
 
 FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
-SENTENCE_TRANSFORMERS = {  # file: content
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.models.Pooling",
-        },
-        {"idx": 2, "name": "2", "path": "2_Norm", "type": "sentence_transformers.models.Normalize"},
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {
-            "text": FORWARD,
-            "image": FORWARD,
-            "message": FORWARD | {"format": "structured"},
-        },
-        "module_output_name": "token_embeddings",
-        "processor_kwargs": {"use_fast": False},  # Pillow's resize, as here
-        "unpad_inputs": False,
+TRANSFORMER = {  # sentence-transformers' module around the model
+    "transformer_task": "feature-extraction",
+    "modality_config": {
+        "text": FORWARD,
+        "image": FORWARD,
+        "message": FORWARD | {"format": "structured"},
     },
-    "config_sentence_transformers.json": {"model_type": "SentenceTransformer"},
-    "2_Norm/config.json": {},
+    "module_output_name": "token_embeddings",
+    "processor_kwargs": {"use_fast": False},  # Pillow's resize, as here
 }
 CHAT_TEMPLATE = """{%- set parts = messages[-1]["content"] -%}
 {%- if parts | length != 1 -%}{{ raise_exception("an image or a text, one at a time") }}
@@ -204,78 +188,79 @@ library_name: sentence-transformers
 pipeline_tag: feature-extraction
 tags: [sentence-transformers, feature-extraction, sentence-similarity, multimodal, vladva]
 ---
-An embedding model of images and texts: %s, adapted by VladVA (arXiv 2412.04378).
+Embeddings of images and texts by {base}, adapted by VladVA (arXiv 2412.04378).
 
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer("path/to/this/folder")
-    image_emb = model.encode(["a.jpg", "b.jpg"])  # paths or PIL images
+    image_emb = model.encode(["a.jpg", "b.jpg"])  # paths
     text_emb = model.encode(["a red bus"])
     print(model.similarity(image_emb, text_emb))
 
-vladva.json holds the prompts and the configuration of the training.%s
+vladva.json holds the prompts and the configuration of the training.{scores}
 
 Limits: an image or a text at a time, not both; a text that holds an added token such as
-`<text_prompt_0>` is read as the prompt; a text over %d tokens is cut.
+`<text_prompt_0>` is read as the prompt; a text over {positions} tokens is cut.
 """
 
 
-def write_chat_template(prompts: dict[str, str], folder: Path) -> None:
-    """chat_template.jinja, which gives an image or a text the prompt string of its modality."""
+def save_processors(model: VladVA, tokenizer, config: VladVAConfig, folder: Path) -> None:
+    """Tokenizer and image processor, as transformers reads them."""
+    lvlm_config = model.lvlm.config
+    eos = lvlm_config.eos_token_id
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # transformers' Llama class would rebuild the tokenizer from its vocabulary, with other ids
+    # beside added tokens; this one takes tokenizer.json as it is
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": lvlm_config.decoder.max_position_embeddings,
+        "eos_token": tokenizer.id_to_token(eos),
+        "pad_token": tokenizer.id_to_token(lvlm_config.raw.get("pad_token_id") or eos),
+    }
+    write_json(folder / "tokenizer_config.json", described)
+    _, settings = data.read_image_settings(data.model_folder(model.name))
+    settings = dict(settings)
+    for key in ("min_pixels", "max_pixels"):
+        if getattr(config, key):
+            settings[key] = getattr(config, key)  # goes before "size"
+    if lvlm_config.raw["model_type"] == "llava":
+        processor = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": lvlm_config.vision.patch_size,
+            "num_additional_image_tokens": 1,  # the class token
+            "vision_feature_select_strategy": "default",
+        }
+        write_json(folder / "processor_config.json", processor)
+        if config.image_mode == "pad":
+            settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    write_json(folder / "preprocessor_config.json", settings)
+
+
+def save_prompts(model: VladVA, config: VladVAConfig, folder: Path) -> None:
+    """vladva.json, the same strings as a chat template, and sentence-transformers' modules."""
+    prompts = {}
+    for modality in ("image", "text"):
+        template = model.lvlm.config.apply_chat_template(getattr(config, f"{modality}_template"))
+        prompts[modality] = template.replace("{prompt}", getattr(config, f"{modality}_prompt"))
+    about = {"image_mode": config.image_mode, "config": dataclasses.asdict(config)}
+    write_json(folder / "vladva.json", prompts | about)
     before, after = prompts["text"].split("{caption}")
     template = CHAT_TEMPLATE
     for name, text in (("IMAGE", prompts["image"]), ("BEFORE", before), ("AFTER", after)):
         template = template.replace(name, json.dumps(text, ensure_ascii=False), 1)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
-
-def save_companions(model: VladVA, tokenizer, config: VladVAConfig, folder: Path) -> None:
-    """Tokenizer, image processor, prompt strings, and the files of sentence-transformers."""
-    lvlm_config = model.lvlm.config
-    decoder = lvlm_config.decoder
-    source = data.model_folder(model.name)
-    if (source / "generation_config.json").exists():
-        shutil.copy(source / "generation_config.json", folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    files = dict(SENTENCE_TRANSFORMERS)
-    files["1_Pooling/config.json"] = {
-        "embedding_dimension": decoder.hidden_size,
-        "pooling_mode": "lasttoken",
-    }
-    # transformers' Llama class would rebuild the tokenizer from its vocabulary, with other ids
-    # beside added tokens; this one takes tokenizer.json as it is
-    files["tokenizer_config.json"] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": decoder.max_position_embeddings,
-        "eos_token": tokenizer.id_to_token(lvlm_config.eos_token_id),
-        "pad_token": tokenizer.id_to_token(
-            lvlm_config.raw.get("pad_token_id") or lvlm_config.eos_token_id
-        ),
-    }
-    settings = dict(data.read_image_settings(source)[1])
-    if lvlm_config.raw["model_type"] == "llava":
-        files["processor_config.json"] = {
-            "processor_class": "LlavaProcessor",
-            "patch_size": lvlm_config.vision.patch_size,
-            "num_additional_image_tokens": 1,  # the class token
-            "vision_feature_select_strategy": "default",
-        }
-        if config.image_mode == "pad":
-            settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
-    for key in ("min_pixels", "max_pixels"):
-        if getattr(config, key):
-            settings[key] = getattr(config, key)  # goes before "size"
-    files["preprocessor_config.json"] = settings
-
-    prompts = {}
-    for modality in ("image", "text"):
-        template = lvlm_config.apply_chat_template(getattr(config, f"{modality}_template"))
-        prompts[modality] = template.replace("{prompt}", getattr(config, f"{modality}_prompt"))
-    about = {"image_mode": config.image_mode, "config": dataclasses.asdict(config)}
-    files["vladva.json"] = prompts | about
-    write_chat_template(prompts, folder)
-    for name, value in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_json(folder / name, value)
+    modules = []
+    for index, name in enumerate(("Transformer", "Pooling", "Normalize")):
+        path = f"{index}_{name}" if index else ""
+        module = {"idx": index, "name": str(index), "path": path}
+        modules.append(module | {"type": f"sentence_transformers.models.{name}"})
+        (folder / path).mkdir(exist_ok=True)
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", TRANSFORMER)
+    width = model.lvlm.config.decoder.hidden_size
+    pooling = {"embedding_dimension": width, "pooling_mode": "lasttoken"}
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "2_Normalize" / "config.json", {})
 
 
 def save_card(model: VladVA, folder: Path, scores: dict | None) -> None:
@@ -286,9 +271,10 @@ def save_card(model: VladVA, folder: Path, scores: dict | None) -> None:
         before = scores["before"]["scores"]
         for name, after in scores["after"]["scores"].items():
             table += f"\n| {name} | {before[name]:.1f} | {after:.1f} |"
-    base = data.MODELS.get(model.name, model.name)
-    base = Path(model.name).name if Path(base).is_dir() else base
-    text = CARD % (base, table, model.lvlm.config.decoder.max_position_embeddings)
+    repo = data.MODELS.get(model.name, model.name)
+    base = Path(repo).name if Path(repo).is_dir() else repo
+    positions = model.lvlm.config.decoder.max_position_embeddings
+    text = CARD.format(base=base, scores=table, positions=positions)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -309,7 +295,8 @@ def export(
         raise ValueError("there is no adapter to merge: load one, or train one with train.py")
     tokenizer, embeddings, config = add_tokens(model)
     save_merged(model, embeddings, folder, max_shard_size)
-    save_companions(model, tokenizer, config, folder)
+    save_processors(model, tokenizer, config, folder)
+    save_prompts(model, config, folder)
     save_card(model, folder, scores)
 
 
