@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 from conftest import make_folder, random_config, write_llama_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from extras import convert_llava
-from model import checkpoint_tensors, load_lvlm, open_safetensors, parse_config, write_json
+from model import load_lvlm, write_json
 from vladva import VladVA, VladVAConfig
 
 WORDS = 32000  # of the original's vocabulary
@@ -24,12 +24,10 @@ ORIGINAL_NAMES = (  # the hub's -> the original's
 )
 
 
-def original_tensors(folder, config) -> dict[str, torch.Tensor]:
+def original_tensors(folder) -> dict[str, torch.Tensor]:
     """{name in the original's layout: tensor} of a folder in the hub's."""
     tensors = {}
-    for path, key, _ in checkpoint_tensors(folder, config.key_patterns).values():
-        with open_safetensors(path) as shard:
-            tensor = shard.get_tensor(key)
+    for key, tensor in load_file(folder / "model.safetensors").items():
         for pattern, name in ORIGINAL_NAMES:
             key = re.sub(pattern, name, key)
         tensors[key] = tensor[:WORDS].clone() if tensor.shape[0] > WORDS else tensor
@@ -81,7 +79,7 @@ def original(hub_folder, tmp_path):
     tokenizer = json.loads((hub_folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] < WORDS]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    write_original(folder, original_tensors(hub_folder, parse_config(raw)))
+    write_original(folder, original_tensors(hub_folder))
     return folder
 
 
@@ -117,8 +115,7 @@ def test_the_converted_folder_embeds_as_the_hub_folder_does(original, hub_folder
 
 @pytest.mark.parametrize("stored", ["bin", "safetensors"])
 def test_the_tower_may_lie_in_the_clip_folder_only(original, hub_folder, tmp_path, stored):
-    raw = json.loads((hub_folder / "config.json").read_text())
-    tensors = original_tensors(hub_folder, parse_config(raw))
+    tensors = original_tensors(hub_folder)
     prefix = "model.vision_tower.vision_tower."
     tower = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
     rest = {key: t for key, t in tensors.items() if not key.startswith(prefix)}
