@@ -43,17 +43,14 @@ def read_json(path: str | Path, kind=dict):
     return value
 
 
+# Indented, so that people can read what a run or an export wrote.
 def write_json(path: str | Path, value) -> None:
-    """Write a value as indented JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | None = None):
-    """A dataclass from a JSON object; ValueError names an unknown field, or one of another type.
-
-    lowest: of the integers in it.
-    """
+    """A dataclass from a JSON object; ValueError names an unknown field, or one of a wrong value."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
     types = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -71,8 +68,8 @@ def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | 
     return cls(**values)
 
 
+# Refuses, by its name, a field that this code would silently compute wrongly.
 def check_supported(section, supported: dict, where: str) -> None:
-    """ValueError naming the first field whose value this code would silently compute wrongly."""
     if not isinstance(section, dict):
         raise ValueError(f"{where} is {section!r}, wanted a JSON object")
     for key, allowed in supported.items():
@@ -284,6 +281,7 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # patches and a class token, with their learned positions
         pixels = pixels.to(self.class_embedding.dtype)
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, C)
         class_token = self.class_embedding.expand(len(patches), 1, -1)
@@ -291,7 +289,8 @@ class VisionTower(nn.Module):
         x = self.pre_layrnorm(x)
         for block in self.layers[: self.num_blocks]:
             x = block(x)
-        return x[:, 1:]  # the class token is dropped
+        # LLaVA drops the class token
+        return x[:, 1:]
 
 
 class Projector(nn.Module):
@@ -309,8 +308,8 @@ class Projector(nn.Module):
 # ------------------------------------------------------------------------------------- decoder
 
 
+# Frequencies of `width` rotated channels, (width / 2,), in float32.
 def rotary_frequencies(width: int, theta: float, device) -> Tensor:
-    """Rotary frequencies of `width` channels, (width / 2,), in float32."""
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
     return theta**-exponents
 
@@ -381,6 +380,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary, cache: KVCache | None = None) -> Tensor:
         q, k, v = self.project(x, rotary)
+        # without a cache the causal mask is implied, with one it says which positions are seen
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
@@ -415,6 +415,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary, cache=None, state_index=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        # after the last attention tokens do not meet again: only states that are used go on
         if state_index is not None:
             x = x.flatten(0, 1).index_select(0, state_index)  # (M, D)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -446,8 +447,8 @@ class Decoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, position_ids=None, cache=None, state_index=None):
         """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1. cache: a KVCache.
 
-        state_index: (M,) flat indices b T + t of the states that are wanted, (M, D): the last block's
-        MLP runs for these alone. None: all, (B, T, D).
+        state_index: (M,) flat indices b T + t of the states that are wanted, (M, D): the MLP of the
+        last block runs for these alone. None: all, (B, T, D).
         """
         x = inputs_embeds
         if position_ids is None:
@@ -545,23 +546,23 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
 IGNORED_KEYS = ("embeddings.position_ids", "rotary_emb.inv_freq")  # recomputed; old files hold them
 
 
+# Checkpoints name the same weights in several ways; none fits: the key as it is.
 def rename_key(key: str, key_patterns) -> str:
-    """Name of a stored tensor -> its name in LVLM; as it is when no pattern fits."""
     for pattern, prefix in key_patterns:
         key = re.sub(pattern, prefix, key)
     return key
 
 
+# Memory-mapped: nothing is read before a tensor is asked for.
 def open_safetensors(path: Path):
-    """A memory-mapped safetensors file; ValueError when it is truncated or something else."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
 
 
+# Those that the index names, or the single file of a small model.
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or model.safetensors."""
     index = Path(folder) / "model.safetensors.index.json"
     names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else ()
     paths = [Path(folder) / name for name in sorted(names or {"model.safetensors"})]
@@ -595,7 +596,11 @@ def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None
     with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)
     dtype = pick_dtype(sum(p.numel() for p in lvlm.parameters()), device, dtype)
-    keys = [(path, key) for path in shard_files(folder) for key in open_safetensors(path).keys()]
+    keys = []
+    for path in shard_files(folder):
+        names = open_safetensors(path).keys()
+        keys += [(path, key) for key in names if not key.endswith(IGNORED_KEYS)]
+    # each tensor is copied once, from the memory-mapped file to its place
     state = {}
     for path, key in tqdm(keys, "loading weights", leave=False, disable=None):
         name = rename_key(key, config.key_patterns)
@@ -604,12 +609,12 @@ def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None
         # opened anew for each tensor: pages of an open file would count as memory of this process
         with open_safetensors(path) as shard:
             tensor = shard.get_tensor(key)
-            if not key.endswith(IGNORED_KEYS):
-                if not tensor.is_floating_point():
-                    raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted plain floats")
-                state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted plain floats")
+            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
     if config.decoder.tie_word_embeddings:  # some tied checkpoints store the shared weight twice
         state["lm_head.weight"] = state.get("decoder.embed_tokens.weight")
+    # all keys and shapes are compared, and what differs is listed, before anything runs
     shapes = {name: tensor.shape for name, tensor in state.items() if tensor is not None}
     wanted = {name: p.shape for name, p in lvlm.state_dict().items()}
     check_shapes(shapes, wanted, f"the weights of {folder} do not fit its config.json")
@@ -622,24 +627,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_dtype(num_parameters: int, device, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype that was asked for, or the default; ValueError if the weights do not fit the device.
+    """The dtype that was asked for, or bfloat16 on CUDA and float32 on the CPU.
 
-    By default bfloat16 on CUDA; on the CPU float32, unless that takes over half of the free memory.
+    bfloat16 there too where float32 takes over half of the memory; ValueError if neither fits.
     """
     cuda = torch.device(device).type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
     if dtype is None:
         dtype = torch.bfloat16 if cuda or 4 * num_parameters > free / 2 else torch.float32
-    if dtype.itemsize * num_parameters > free:
-        sizes = (
-            f"{dtype.itemsize * num_parameters / 1e9:.1f} GB in {dtype}, of {free / 1e9:.1f} free"
-        )
-        raise ValueError(f"the model takes {sizes} on {device}: try bfloat16 or a smaller model")
+    size = dtype.itemsize * num_parameters
+    if size > free:
+        sizes = f"{size / 1e9:.1f} GB in {dtype}, but {free / 1e9:.1f} are free on {device}"
+        raise ValueError(f"the model takes {sizes}: try --dtype bfloat16, or a smaller model")
     return dtype
 
 
+# What can be had without swapping (Linux), or all that there is.
 def free_memory() -> int:
-    """Bytes that can be had without swapping (Linux), or all that there are."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
