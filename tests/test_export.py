@@ -40,10 +40,19 @@ def llama_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["random", "llama", "qwen"])
+@pytest.fixture(scope="module", params=["random", "llama", "qwen"])
 def folder(request, random_folder, llama_folder, qwen_folder):
     """A model folder of each kind: tokenizers and architectures differ."""
     return {"random": random_folder, "llama": llama_folder, "qwen": qwen_folder}[request.param]
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    """(an adapted model of each kind, the folder that it was exported to in shards)."""
+    model = adapted(folder)
+    out = tmp_path_factory.mktemp("exported")
+    export(model, out, max_shard_size=200_000)
+    return model, out
 
 
 def adapted(folder, dtype=None, **config) -> VladVA:
@@ -106,11 +115,16 @@ def test_others_can_read_the_files(tmp_path):
 # ----------------------------------------------------------------------------------- embeddings
 
 
-@pytest.mark.parametrize("parts", [{}, {"lora": False}, {"soft_prompts": False}], ids=str)
-def test_a_merged_folder_embeds_as_the_adapter_does(folder, tmp_path, parts):
-    model = adapted(folder, **parts)
-    export(model, tmp_path / "out", max_shard_size=200_000)
-    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+def test_a_merged_folder_embeds_as_the_adapter_does(exported):
+    model, out = exported
+    assert (out / "model.safetensors.index.json").exists()
+    assert_embeds_alike(model, read_again(out))
+
+
+@pytest.mark.parametrize("part", ["lora", "soft_prompts"])
+def test_half_an_adapter_is_exported_too(random_folder, tmp_path, part):
+    model = adapted(random_folder, **{part: False})
+    export(model, tmp_path / "out")
     assert_embeds_alike(model, read_again(tmp_path / "out"))
 
 
@@ -192,24 +206,23 @@ def render(folder, part: dict) -> str:
     return template.render(messages=[{"role": "user", "content": parts}])
 
 
-def test_the_chat_template_gives_the_prompt_strings(folder, tmp_path):
-    export(adapted(folder), tmp_path / "out")
-    prompts = read_json(tmp_path / "out" / "vladva.json")
-    assert render(tmp_path / "out", {"type": "image", "image": "a.jpg"}) == prompts["image"]
+def test_the_chat_template_gives_the_prompt_strings(exported):
+    _, out = exported
+    prompts = read_json(out / "vladva.json")
+    assert render(out, {"type": "image", "image": "a.jpg"}) == prompts["image"]
     for text in TEXTS:
         wanted = prompts["text"].replace("{caption}", text.strip())
-        assert render(tmp_path / "out", {"type": "text", "text": text}) == wanted
+        assert render(out, {"type": "text", "text": text}) == wanted
     both = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "a"}]
     with pytest.raises(jinja2.TemplateError, match="one at a time"):
-        render(tmp_path / "out", both)
+        render(out, both)
 
 
-def test_the_prompt_strings_are_read_as_the_trained_tokens(folder, tmp_path):
+def test_the_prompt_strings_are_read_as_the_trained_tokens(exported):
     """Only the soft prompts' ids differ, and one token more where a space stood before <image>."""
-    model = adapted(folder)
-    export(model, tmp_path / "out")
-    merged = read_again(tmp_path / "out")
-    prompts = read_json(tmp_path / "out" / "vladva.json")
+    model, out = exported
+    merged = read_again(out)
+    prompts = read_json(out / "vladva.json")
     for caption in ("a", "2 dogs", "The red bus."):
         ids = merged.tokenizer.encode(prompts["text"].replace("{caption}", caption)).ids
         trained = model.text_sequence(caption)
@@ -221,27 +234,26 @@ def test_the_prompt_strings_are_read_as_the_trained_tokens(folder, tmp_path):
     assert ids.count(model.lvlm.config.image_token_id) == 1
 
 
-def test_the_files_of_sentence_transformers(folder, tmp_path):
-    model = adapted(folder)
-    export(model, tmp_path / "out")
-    modules = read_json(tmp_path / "out" / "modules.json", list)
+def test_the_files_of_sentence_transformers(exported):
+    model, out = exported
+    modules = read_json(out / "modules.json", list)
     assert [module["type"].split(".")[-1] for module in modules] == [
         "Transformer",
         "Pooling",
         "Normalize",
     ]
     for module in modules[1:]:
-        assert (tmp_path / "out" / module["path"] / "config.json").is_file()
-    pooling = read_json(tmp_path / "out" / modules[1]["path"] / "config.json")
+        assert (out / module["path"] / "config.json").is_file()
+    pooling = read_json(out / modules[1]["path"] / "config.json")
     width = model.lvlm.config.decoder.hidden_size
     assert pooling == {"embedding_dimension": width, "pooling_mode": "lasttoken"}
-    described = read_json(tmp_path / "out" / "tokenizer_config.json")
-    tokenizer = read_again(tmp_path / "out").tokenizer
+    described = read_json(out / "tokenizer_config.json")
+    tokenizer = read_again(out).tokenizer
     assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
     for name in ("eos_token", "pad_token"):
         assert tokenizer.inner.token_to_id(described[name]) is not None
     if model.lvlm.config.raw["model_type"] == "llava":
-        processor = read_json(tmp_path / "out" / "processor_config.json")
+        processor = read_json(out / "processor_config.json")
         assert processor["patch_size"] == model.lvlm.config.vision.patch_size
 
 
