@@ -1,644 +1,482 @@
-"""What the paper looks into, before and after: each study prints a table and writes its numbers and a picture into runs/analysis.
+"""What the paper looks into, before and after adaptation: the numbers and figures of its analyses.
 
-python -m extras.studies prompts                          # Figs. 2, 3 and 5: what a good prompt is
-python -m extras.studies tokens --adapter runs/tiny       # Fig. 4
-python -m extras.studies attention --adapter runs/tiny    # Fig. 6
-python -m extras.studies soft-prompts --adapter runs/tiny # Sec. 5.1
-python -m extras.studies layers --adapter runs/tiny       # Table 6
-python -m extras.studies generation --adapter runs/tiny --rival runs/e5v     # Fig. 7
+    python -m extras.studies prompts  # Figs. 2, 3 and 5: what makes a good prompt
+    python -m extras.studies tokens --adapter runs/tiny  # Fig. 4
+    python -m extras.studies attention --adapter runs/tiny  # Fig. 6
+    python -m extras.studies soft-prompts --adapter runs/tiny  # Sec. 5.1
+    python -m extras.studies layers --adapter runs/tiny  # Table 6
+    python -m extras.studies generation --adapter runs/tiny --rival runs/e5v  # Fig. 7
+
+A study prints a table and writes OUT/<study>.json and, with matplotlib, OUT/<study>.png.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import itertools
 import math
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from data import add_model_flags, command, format_table, say
-from eval import PAPER, TEST_SEED, recall_at
-from extras import scenes
-from extras.plots import save_picture
-from extras.scenes import described_scene, embed, scene_benchmark, score
-from model import read_json, write_json
-from vladva import (
-    components_for,
-    cumulative_variance,
-    load_model,
-    output_entropy,
-    summary_embedding,
-)
+import eval as benchmarks
+from data import format_table, say
+from extras import e5v, scenes  # noqa: F401 - e5v knows the losses of a rival's adapter
+from extras.plots import save_figure
+from model import Decoder, read_json, write_json
+from vladva import VladVA, at_least_float32, load_model, summary_embedding
 
-# ------------------------------------------------------------------------------------------------------ measures
+PROMPTS = benchmarks.ASSETS / "prompts.json"  # 50 pairs in words that the tiny model can read
+NUM_SHOWN = 3  # images in a figure
+MAX_NEW_TOKENS = 200  # of an answer
+
+# ------------------------------------------------------------------------------------ measures
 
 
-def rank_correlation(x, y, permutations=10_000, seed=0):
-    """Spearman's rho of two (n,) tensors, ties sharing their mean rank, and its two-sided p-value, by permuting y (paper Fig. 5).
+def output_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next token (paper Sec. 3.1, Fig. 2): (..., V) -> (...) nats, log V at most."""
+    log_p = at_least_float32(logits).log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
-    Returns (rho, p); p is at least 1 / (permutations + 1). ValueError when a side has no two different values.
+
+def cumulative_variance(emb: Tensor) -> Tensor:
+    """Share of the variance that the first k principal components hold (paper Sec. 3.1, Fig. 3).
+
+    emb: (B, D). Returns (min(B, D),), rising to 1; a slow rise is a spread-out embedding.
     """
+    variance = torch.linalg.svdvals((emb - emb.mean(0)).double()).square()
+    if len(emb) < 2 or variance.sum() == 0:
+        raise ValueError(f"no variance in {len(emb)} embeddings: 2 different ones are needed")
+    return (variance.cumsum(0) / variance.sum()).to(emb.dtype)
 
-    def centred(values):
-        values = values.double()
-        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
-        ranks = below + (equal - 1) / 2
-        if equal[0] == len(values):
+
+def components_for(cumulative: Tensor, share: float = 0.9) -> int:
+    """How many principal components hold `share` of the variance; of cumulative_variance."""
+    return int((cumulative < share - 1e-6).sum()) + 1
+
+
+def rank_correlation(x: Tensor, y: Tensor, permutations: int = 10_000) -> tuple[float, float]:
+    """Spearman's rho of two (n,) tensors and its two-sided p-value, by permuting y (paper Fig. 5).
+
+    Ties share their mean rank. ValueError when a side has no two different values.
+    """
+    centred = []
+    for values in (x, y):
+        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+        if len(counts) < 2:
             raise ValueError(f"rank correlation of {len(values)} equal values: they have no order")
-        return F.normalize(ranks - ranks.mean(), dim=0)
+        ranks = (counts.cumsum(0) - counts / 2).double()[inverse]
+        centred.append(F.normalize(ranks - ranks.mean(), dim=0))
+    rho = centred[0] @ centred[1]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(permutations, len(y), generator=generator).argsort(1)
+    as_extreme = (centred[1][order] @ centred[0]).abs() >= rho.abs() - 1e-9
+    return rho.item(), (1 + as_extreme.sum().item()) / (1 + permutations)
 
-    x, y, generator = centred(x), centred(y), torch.Generator().manual_seed(seed)
-    shuffled = torch.stack(
-        [y[torch.randperm(len(y), generator=generator)] for _ in range(permutations)]
-    )  # (permutations, n)
-    rho = (x @ y).item()
-    return rho, (1 + int(((shuffled @ x).abs() >= abs(rho) - 1e-9).sum())) / (1 + permutations)
 
+def attention_density(attention: Tensor, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+    """How spread out attention (..., N) to the image tokens is (paper Sec. 3.4; the numbers, ours).
 
-def attention_density(attention, mass=0.9):
-    """How spread out the summary token's attention to the image tokens is (paper Sec. 3.4, Fig. 6; the two numbers are ours).
-
-    attention: (..., N), not negative, summing to anything above 0. Returns (entropy in nats, log N when uniform; the smallest share of the
-    N tokens that holds `mass` of it), (...) each.
+    Returns (...) each: the entropy in nats, and the smallest share of the N that holds `mass`.
     """
     p = attention.double() / attention.double().sum(-1, keepdim=True)
-    held = p.sort(-1, descending=True).values.cumsum(-1)  # (..., N)
-    return torch.special.entr(p).sum(-1), (1 + (held < mass - 1e-6).sum(-1)).double() / p.shape[-1]
+    largest_first = p.sort(-1, descending=True).values
+    needed = 1 + (largest_first.cumsum(-1) < mass - 1e-6).sum(-1)
+    return torch.special.entr(p).sum(-1), needed.double() / p.shape[-1]
 
 
-def nearest_tokens(vectors, table):
-    """The vocabulary embedding nearest to each vector (paper Sec. 5.1): (P, D), (V, D) -> (token ids (P,), cosines (P,))."""
+def nearest_tokens(vectors: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each vector (P, D) the nearest row of table (V, D) by angle: ids (P,), cosines (P,)."""
     cosine = F.normalize(vectors.float(), dim=-1) @ F.normalize(table.float(), dim=-1).T  # (P, V)
-    return cosine.max(-1).indices, cosine.max(-1).values
+    return cosine.argmax(-1), cosine.amax(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ what the paper looks into
+# --------------------------------------------------------------------------- what is looked at
 
 
-PROMPTS = (
-    PAPER.parent / "prompts.json"
-)  # 50 pairs of an image and a text prompt, in words that the tiny model can read
-
-
-def testbed(model, args):
-    """(pictures, captions): --items held-out scenes with a short caption each, or as many rows of a pairs file."""
+def testbed(model: VladVA, args) -> tuple[list, list[str]]:
+    """--items images with a short caption each: held-out scenes, or rows of a pairs file."""
     if args.data == "scenes":
-        drawn, size = (
-            [described_scene(args.seed, i) for i in range(args.items)],
-            model.lvlm.config.vision.image_size,
-        )
-        return [scenes.render(scene, size) for scene, _ in drawn], [
-            str(caption) for _, caption in drawn
-        ]
-    rows = data.Pairs(args.data, model.tokenizer).held_out(args.items)
+        described = [scenes.described_scene(args.seed, i) for i in range(args.items)]
+        size = model.lvlm.config.vision.image_size
+        images = [scenes.render(scene, size) for scene, _ in described]
+        return images, [str(caption) for _, caption in described]
+    rows = data.Pairs(args.data, model.tokenizer).hold_out(args.items, data.BadRows())
     if len(rows) < 2:
-        raise ValueError(
-            f"{args.data} and --items {args.items} give {len(rows)} rows with a short caption: at least 2 are needed"
-        )
+        raise ValueError(f"{args.data} gives {len(rows)} captioned rows: at least 2 are needed")
     return [row["image"] for row in rows], [row["short"][0] for row in rows]
 
 
-def before_and_after(model):
-    """Yields "before", while the adapter is switched off, and then "after" when there is one."""
+def before_and_after(model: VladVA):
+    """Yields "before", while the adapter is switched off, and then "after" if there is one."""
     with model.adapter_disabled():
         yield "before"
     if model.adapted:
         yield "after"
 
 
-def recall_both(image_emb, text_emb):
-    """R@1 of pictures and captions that belong together row by row: {"image to text R@1": percent, "text to image R@1": percent}."""
-    found = recall_at(image_emb.cpu(), text_emb.cpu(), torch.arange(len(image_emb)), ks=(1,))
-    return {
-        f"{direction.replace('_', ' ')} R@1": values["R@1"] for direction, values in found.items()
-    }
+@torch.no_grad()
+def summary_states(model: VladVA, images: list, captions: list[str]) -> dict[str, Tensor]:
+    """{"image": (B, D), "text": (B, D)}: states of the summary tokens of pairs, not normalised."""
+    device = model.lvlm.device
+    image_states, text_states = [], []
+    for start in range(0, len(images), 64):
+        opened = [data.open_image(image) for image in images[start : start + 64]]
+        pixels, batch = model.image_batch(opened)
+        states, _ = model.hidden_states(batch.to(device), "image", pixels.to(device))
+        image_states.append(states)
+        batch = model.text_batch(captions[start : start + 64])
+        text_states.append(model.hidden_states(batch.to(device), "text")[0])
+    return {"image": torch.cat(image_states), "text": torch.cat(text_states)}
 
 
-def summary_measures(model, pictures, captions):
-    """The paper's measures of a prompt pair (Sec. 3.1), on the summary tokens of pictures and captions that belong together.
+def summary_measures(model: VladVA, images: list, captions: list[str]) -> dict:
+    """The paper's measures of a prompt (Sec. 3.1), on pairs of an image and a caption.
 
-    Entropies in nats (means), the cumulative variance and how many principal components hold 90 % of it, and R@1 in percent.
+    Mean entropy in nats, cumulative variance, how many principal components hold 90 % of it, and
+    R@1 in percent.
     """
-    states, measures = (
-        {"image": model.image_states(pictures), "text": model.text_states(captions)},
-        {},
-    )
-    for modality, state in states.items():
-        entropy = torch.cat(
-            [
-                output_entropy(model.lvlm.head(part.to(model.lvlm.compute_dtype)))
-                for part in state.split(256)
-            ]
-        )
-        variance = cumulative_variance(summary_embedding(state))
-        measures |= {
-            f"{modality} entropy": entropy.mean().item(),
-            f"{modality} components": components_for(variance),
-        }
+    measures, emb = {}, {}
+    for modality, states in summary_states(model, images, captions).items():
+        entropy = [output_entropy(model.lvlm.lm_head(part)) for part in states.split(256)]
+        emb[modality] = summary_embedding(states).cpu()
+        variance = cumulative_variance(emb[modality])
+        measures[f"{modality} entropy"] = torch.cat(entropy).mean().item()
+        measures[f"{modality} components"] = components_for(variance)
         measures[f"{modality} variance"] = [round(share, 4) for share in variance.tolist()]
-    return measures | recall_both(*map(summary_embedding, states.values()))
+    pairs = torch.arange(len(images))
+    return measures | benchmarks.recall(emb["image"], emb["text"], pairs, ks=(1,))
 
 
-def run_prompts(model, args):
-    """Figs. 2, 3 and 5: what a good prompt is."""
-    pictures, captions = testbed(model, args)
-    pairs, rows = read_json(args.prompts), []
-    if (
-        not isinstance(pairs, list)
-        or any(not isinstance(pair, dict) or set(pair) != {"image", "text"} for pair in pairs)
-        or len(pairs) < 2
-    ):
-        raise ValueError(
-            f'{args.prompts}: wanted a list of two or more {{"image": prompt, "text": prompt}}, as assets/prompts.json'
-        )
-    for pair in tqdm(pairs, desc="prompts", disable=None):
-        measures = summary_measures(
-            model.with_prompts(pair["image"], pair["text"]), pictures, captions
-        )
-        both = {
-            name: (measures[f"image {name}"] + measures[f"text {name}"]) / 2
-            for name in ("entropy", "components")
-        }
-        both["R@1"] = (measures["image to text R@1"] + measures["text to image R@1"]) / 2
-        rows.append(
-            {"image prompt": pair["image"], "text prompt": pair["text"], **both, **measures}
-        )
-    rows.sort(key=lambda row: row["entropy"])
-    columns = {
-        name: torch.tensor([float(row[name]) for row in rows])
-        for name in ("entropy", "components", "R@1")
-    }
-    varied = [
-        name for name, values in columns.items() if len(values.unique()) > 1
-    ]  # a constant one has no order
-    correlations = {
-        f"{a} and {b}": rank_correlation(columns[a], columns[b])
-        for a, b in itertools.combinations(varied, 2)
-    }
-    say(
-        format_table(
-            ["image prompt, by entropy", *columns],
-            [[row["image prompt"], *(f"{row[name]:.2f}" for name in columns)] for row in rows],
-        )
-    )
-    for names, (rho, p) in correlations.items():
-        say(f"Spearman's rho of {names}: {rho:.2f} (p = {p:.4f}, {len(rows)} prompt pairs)")
-    about = {
-        "pictures": len(pictures),
-        "correlations": {names: {"rho": rho, "p": p} for names, (rho, p) in correlations.items()},
-    }
-    return about | {"prompts": rows}, draw_prompts
-
-
-def draw_prompts(plt, results):
-    """Entropy a prompt pair, cumulative variance coloured by entropy, retrieval against entropy."""
-    rows, colour = results["prompts"], plt.get_cmap("viridis")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
-    top, places = max(row["entropy"] for row in rows), range(1, len(rows) + 1)
-    for modality, marker in (("image", "o"), ("text", "^")):
-        left.plot(
-            places,
-            [row[f"{modality} entropy"] for row in rows],
-            marker,
-            markersize=3,
-            label=modality,
-        )
-        right.scatter([row["entropy"] for row in rows], [row[f"{modality} to {'text' if modality == 'image' else 'image'} R@1"] for row in rows],
-                      marker=marker, s=12, label=f"{modality} query")  # fmt: skip
-    left.set(
-        title="entropy of the next token (Fig. 2)",
-        xlabel="prompt pairs, by mean entropy",
-        ylabel="nats",
-    )
+def say_table(rows: list[dict]) -> None:
+    """Print rows that have the same columns; numbers with two decimals, lists not at all."""
+    lines = []
     for row in rows:
-        middle.plot(
-            *zip(*enumerate(row["image variance"][:40], start=1)),
-            color=colour(row["entropy"] / top),
-            linewidth=0.8,
-        )
+        row = {name: value for name, value in row.items() if not isinstance(value, list)}
+        lines.append([cell if isinstance(cell, str) else f"{cell:.2f}" for cell in row.values()])
+    say(format_table([name.replace("_", " ") for name in row], lines))
+
+
+def study_prompts(args) -> tuple[dict, list]:
+    """Entropy, spread and retrieval of many pairs of hand prompts, and how they go together."""
+    model = load_model(args)
+    if model.adapted:
+        raise ValueError("prompts: the soft prompts of an adapted model have replaced them")
+    pairs = read_json(args.prompts, list)
+    wrong = [p for p in pairs if not isinstance(p, dict) or p.keys() != {"image", "text"}]
+    if wrong or len(pairs) < 2:
+        raise ValueError(f'{args.prompts}: wanted two or more {{"image": ..., "text": ...}}')
+    images, captions = testbed(model, args)
+    rows = []
+    for pair in tqdm(pairs, "prompts", disable=None):
+        prompts = {"image_prompt": pair["image"], "text_prompt": pair["text"]}
+        config = dataclasses.replace(model.config, **prompts)
+        variant = VladVA(model.lvlm, model.tokenizer, model.image_processor, config, model.name)
+        row = prompts | summary_measures(variant, images, captions)
+        for name in ("entropy", "components"):
+            row[name] = (row[f"image {name}"] + row[f"text {name}"]) / 2
+        row["R@1"] = (row["image_to_text R@1"] + row["text_to_image R@1"]) / 2
+        rows.append(row)
+    rows.sort(key=lambda row: row["entropy"])
+    columns = {}
+    for name in ("entropy", "components", "R@1"):
+        columns[name] = torch.tensor([float(row[name]) for row in rows])
+    say_table([{name: row[name] for name in ("image_prompt", *columns)} for row in rows])
+    correlations = {}
+    varied = [name for name, values in columns.items() if len(values.unique()) > 1]
+    for a, b in itertools.combinations(varied, 2):
+        rho, p = rank_correlation(columns[a], columns[b])
+        correlations[f"{a} and {b}"] = {"rho": rho, "p": p}
+        say(f"Spearman's rho of {a} and {b}: {rho:.2f} (p = {p:.4f}, {len(rows)} prompt pairs)")
+    return {"correlations": correlations, "prompts": rows}, []
+
+
+def draw_prompts(plt, results: dict, images: list):
+    """Entropy of each pair, cumulative variance coloured by entropy, retrieval against entropy."""
+    rows = results["prompts"]
+    entropies = [row["entropy"] for row in rows]
+    colours = plt.cm.ScalarMappable(plt.Normalize(min(entropies), max(entropies)), "viridis")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
+    for query, target, marker in (("image", "text", "o"), ("text", "image", "^")):
+        left.plot([row[f"{query} entropy"] for row in rows], marker, markersize=3, label=query)
+        recalls = [row[f"{query}_to_{target} R@1"] for row in rows]
+        right.scatter(entropies, recalls, marker=marker, s=12, label=f"{query} query")
+    for row in rows:
+        colour = colours.to_rgba(row["entropy"])
+        middle.plot(row["image variance"][:40], color=colour, linewidth=0.8)
     middle.axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
-    middle.set(
-        title="cumulative variance, images (Fig. 3)",
-        xlabel="principal components",
-        ylabel="share of the variance",
-    )
-    figure.colorbar(
-        plt.cm.ScalarMappable(plt.Normalize(0, top), colour), ax=middle, label="entropy (nats)"
-    )
+    figure.colorbar(colours, ax=middle, label="entropy (nats)")
     rho = results["correlations"].get("entropy and R@1", {}).get("rho", math.nan)
-    right.set(
-        title=f"zero-shot retrieval (Fig. 5), rho = {rho:.2f}",
-        xlabel="entropy (nats)",
-        ylabel="R@1 (percent)",
-    )
+    left.set(title="entropy of the next token (Fig. 2)", xlabel="prompt pairs", ylabel="nats")
+    middle.set(title="cumulative variance, images (Fig. 3)", xlabel="principal component")
+    right.set(title=f"retrieval (Fig. 5), rho = {rho:.2f}", xlabel="nats", ylabel="R@1 (percent)")
     left.legend()
     right.legend()
     return figure
 
 
-def run_tokens(model, args, shown=3, top=6):
-    """Fig. 4 and Sec. 3.4: the likeliest next tokens at the summary token, entropy, and spread of the embeddings, before and after."""
-    pictures, captions = testbed(model, args)
-    results = {
-        "pictures": len(pictures),
-        "captions": captions[:shown],
-        "measures": {},
-        "tokens": {},
-    }
+def study_tokens(args) -> tuple[dict, list]:
+    """The likeliest next tokens at the summary token, and the measures, before and after."""
+    model = load_model(args)
+    images, captions = testbed(model, args)
+    results = {"captions": captions[:NUM_SHOWN], "measures": {}, "tokens": {}}
     for when in before_and_after(model):
-        results["measures"][when] = summary_measures(model, pictures, captions)
-        states = {
-            "image": model.image_states(pictures[:shown]),
-            "text": model.text_states(captions[:shown]),
-        }
-        likely = {
-            name: model.lvlm.head(state.to(model.lvlm.compute_dtype)).float().softmax(-1).topk(top)
-            for name, state in states.items()
-        }
-        results["tokens"][when] = {
-            modality: [
-                [[model.tokenizer.decode([t]), q] for t, q in zip(*row)]
-                for row in zip(best.indices.tolist(), best.values.tolist())
-            ]
-            for modality, best in likely.items()
-        }
-    numbers = [
-        name for name, value in results["measures"]["before"].items() if not isinstance(value, list)
-    ]
-    say(
-        format_table(
-            ["", *results["measures"]],
-            [[n, *(f"{m[n]:.2f}" for m in results["measures"].values())] for n in numbers],
-        )
-    )
-    for when, tokens in results["tokens"].items():
-        for modality, rows in tokens.items():
-            for number, row in enumerate(rows):
-                say(
-                    f"{when}, {modality} {number}: "
-                    + "  ".join(f"{token} {100 * q:.1f}%" for token, q in row)
-                )
-    return results, functools.partial(draw_tokens, pictures=pictures[:shown])
+        results["measures"][when] = summary_measures(model, images, captions)
+        states = summary_states(model, images[:NUM_SHOWN], captions[:NUM_SHOWN])
+        for modality, state in states.items():
+            top = model.lvlm.lm_head(state).float().softmax(-1).topk(6)
+            tokens = []
+            for ids, shares in zip(top.indices.tolist(), top.values.tolist()):
+                tokens.append([(model.tokenizer.decode([i]), p) for i, p in zip(ids, shares)])
+                words = "  ".join(f"{word} {100 * p:.1f}%" for word, p in tokens[-1])
+                say(f"{when}, {modality} {len(tokens)}: {words}")
+            results["tokens"][f"{when}, {modality}"] = tokens
+    say_table([{"": when} | row for when, row in results["measures"].items()])
+    return results, images
 
 
-def draw_tokens(plt, results, pictures):
-    """A row a picture: the picture, and the likeliest tokens of it and of its caption, before and after."""
-    columns = [(when, modality) for when in results["tokens"] for modality in ("image", "text")]
-    figure, axes = plt.subplots(
-        len(pictures), 1 + len(columns), figsize=(9.5, 1.8 * len(pictures)), layout="constrained"
-    )
-    for number, (line, picture, caption) in enumerate(
-        zip(axes.reshape(len(pictures), -1), pictures, results["captions"])
-    ):
-        line[0].imshow(data.open_image(picture))
-        line[0].set_title(textwrap.fill(caption, 22, break_on_hyphens=False), fontsize=7)
-        line[0].axis("off")
-        for axis, (when, modality) in zip(line[1:], columns):
-            words, shares = zip(*results["tokens"][when][modality][number])
-            axis.barh(
-                range(len(words)),
-                [100 * share for share in shares],
-                color="C0" if when == "before" else "C1",
-            )
+def draw_tokens(plt, results: dict, images: list):
+    """A row an image: the image, and the likeliest tokens of it and of its caption."""
+    tokens = results["tokens"]
+    size = {"figsize": (9.5, 1.8 * len(images)), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(len(images), 1 + len(tokens), **size)
+    for number, (row, image) in enumerate(zip(axes, images)):
+        row[0].imshow(image)
+        row[0].set_title(textwrap.fill(results["captions"][number], 22), fontsize=7)
+        row[0].axis("off")
+        for axis, (name, tokens_of) in zip(row[1:], tokens.items()):
+            words, shares = zip(*tokens_of[number])
+            colour = "C0" if name.startswith("before") else "C1"
+            axis.barh(range(len(words)), [100 * p for p in shares], color=colour)
             axis.set_yticks(range(len(words)), [word.strip() or repr(word) for word in words])
             axis.invert_yaxis()
-            axis.set_title(f"{when}, {modality} (percent)")
+            axis.set_title(f"{name} (percent)")
     return figure
 
 
-def run_attention(model, args):
-    """Fig. 6: attention of the summary token to the image tokens, its density over all heads, before and after; drawn for the first picture."""
-    pictures, _ = testbed(model, args)
-    results, maps = {"pictures": len(pictures), "density": {}}, {}
+@torch.no_grad()
+def summary_attention(model: VladVA, image) -> Tensor:
+    """Attention of the summary token to the image tokens (paper Sec. 3.4): (layers, H, N), float32.
+
+    What the N weights of a head lack to 1 goes to the other tokens. The kernel of the forward pass
+    never shows them: they are computed here from the same queries and keys.
+    """
+    device = model.lvlm.device
+    pixels, batch = model.image_batch([data.open_image(image)])
+    batch = batch.to(device)
+    x = model.inputs_embeds(batch, "image", pixels.to(device))  # (1, T, D)
+    last = int(batch.summary_index)
+    position_ids = batch.position_ids
+    if position_ids is None:
+        position_ids = torch.arange(x.shape[1], device=device)[None]
+    rotary = model.lvlm.decoder.rotary(position_ids, x.dtype)
+    maps = []
+    for block in model.lvlm.decoder.layers:
+        q, k, _ = block.self_attn.project(block.input_layernorm(x), rotary)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[0, :, : last + 1]  # (H, T, K)
+        scores = (k @ q[0, :, last, :, None])[..., 0] / math.sqrt(k.shape[-1])  # (H, T)
+        maps.append(scores.float().softmax(-1)[:, batch.image_token_index[1]].cpu())
+        x = block(x, rotary)
+    return torch.stack(maps)
+
+
+def study_attention(args) -> tuple[dict, list]:
+    """How dense the summary token's attention to the image tokens is, and maps of some heads."""
+    model = load_model(args)
+    images, _ = testbed(model, args)
+    names = ("entropy", "share of patches with 90 %", "mass on the image")
+    density, first = {}, {}
     for when in before_and_after(model):
-        every = [
-            model.summary_attention(picture).cpu()
-            for picture in tqdm(pictures, desc=f"attention {when}", leave=False, disable=None)
-        ]
-        given, (entropy, share) = (
-            torch.stack([each.sum(-1).mean() for each in every]),
-            zip(*map(attention_density, every)),
-        )
-        results["density"][when] = {
-            "entropy": torch.stack([each.mean() for each in entropy]).mean().item(),
-            "share of patches with 90 % of the mass": torch.stack([each.mean() for each in share])
-            .mean()
-            .item(),
-            "mass on the picture": given.mean().item(),
-        }
-        maps[when] = every[0]
-    results["entropy when uniform"] = math.log(maps["before"].shape[-1])
-    names = list(results["density"]["before"])
-    say(
-        format_table(
-            ["mean over heads and pictures", *maps],
-            [[n, *(f"{d[n]:.3f}" for d in results["density"].values())] for n in names],
-        )
-    )
-    say(f"entropy of a uniform map: {results['entropy when uniform']:.3f}")
-    mass = maps["before"].sum(
-        -1
-    )  # (layers, H): the head of a layer that looks at the picture most before adaptation is drawn
-    layers = torch.linspace(0, len(mass) - 1, min(4, len(mass))).round().long().tolist()
-    chosen = [(layer, mass[layer].argmax().item()) for layer in layers]
-    first = data.open_image(pictures[0])
-    seen, grid = (
-        np.asarray(model.image_processor.fitted(first)) / 255,
-        model.prepared([first])[1][0],
-    )
-    return results, functools.partial(
-        draw_attention, maps=maps, chosen=chosen, pixels=seen, grid=grid
-    )
+        total = torch.zeros(3, dtype=torch.double)
+        for image in tqdm(images, f"attention {when}", leave=False, disable=None):
+            weights = summary_attention(model, image)
+            measures = (*attention_density(weights), weights.sum(-1).double())
+            total += torch.stack([measure.mean() for measure in measures])
+            first.setdefault(when, weights)
+        density[when] = dict(zip(names, (total / len(images)).tolist()))
+    say_table([{"mean over heads": when} | row for when, row in density.items()])
+
+    # of four layers, the head that looks at the first image most before adaptation
+    mass = first["before"].sum(-1)  # (layers, H)
+    image = data.open_image(images[0])
+    grid = model.lvlm.config.image_grid(model.image_processor(image))
+    maps = {}
+    for when, weights in first.items():
+        for layer in sorted({round(i * (len(mass) - 1) / 3) for i in range(4)}):
+            head = int(mass[layer].argmax())
+            name = f"{when}: layer {layer + 1}, head {head + 1}"
+            maps[name] = weights[layer, head].unflatten(0, grid).tolist()
+    uniform = math.log(math.prod(grid))
+    say(f"entropy of a uniform map: {uniform:.2f}")
+    results = {"entropy when uniform": uniform, "density": density, "maps": maps}
+    return results, [model.image_processor.fit(image)]
 
 
-def draw_attention(plt, results, maps, chosen, pixels, grid):
-    """A row before and one after, a column a head: its map over the greyed picture, with the share of patches that holds 90 % of the mass."""
-    figure, axes = plt.subplots(
-        len(maps),
-        1 + len(chosen),
-        figsize=(1.9 * (1 + len(chosen)), 2.3 * len(maps)),
-        layout="constrained",
-        squeeze=False,
-    )
-    gray = pixels.mean(-1)
-    extent = (0, gray.shape[1], gray.shape[0], 0)
-    for line, (when, weights) in zip(axes, maps.items()):
-        line[0].imshow(pixels)
-        line[0].set_title(when)
-        for axis, (layer, head) in zip(line[1:], chosen):
-            one = weights[layer, head]
-            axis.imshow(gray, cmap="gray", vmin=0, vmax=1)
-            axis.imshow(
-                (one.view(grid) / one.max()).numpy(),
-                cmap="inferno",
-                alpha=0.65,
-                extent=extent,
-                vmin=0,
-                vmax=1,
-            )
-            _, share = attention_density(one)
-            axis.set_title(
-                f"layer {layer + 1}, head {head + 1}\n90 % in {100 * share:.0f} % of patches"
-            )
-        for axis in line:
-            axis.axis("off")
+def draw_attention(plt, results: dict, images: list):
+    """A row before and one after, a column a head: its map over the greyed image."""
+    size = {"figsize": (9.5, 2.5 * len(results["density"])), "layout": "constrained"}
+    num_columns = len(results["maps"]) // len(results["density"])
+    figure, axes = plt.subplots(len(results["density"]), num_columns, squeeze=False, **size)
+    extent = (0, images[0].width, images[0].height, 0)
+    for axis, (name, weights) in zip(axes.flatten(), results["maps"].items()):
+        axis.imshow(images[0].convert("L"), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(weights, cmap="inferno", alpha=0.65, extent=extent, vmin=0)
+        share = attention_density(torch.tensor(weights).flatten())[1].item()
+        axis.set_title(f"{name}\n90 % in {100 * share:.0f} % of patches")
+        axis.axis("off")
     return figure
 
 
-def run_soft_prompts(model, args):
-    """Sec. 5.1: each learned vector as the nearest token, with its cosine."""
+def study_soft_prompts(args) -> tuple[dict, list]:
+    """Each learned vector as the nearest token, with its cosine."""
+    model = load_model(args)
     if not model.soft_prompts:
-        raise ValueError(
-            "no soft prompts to decode: --adapter names the folder of a run that trained them"
-        )
+        raise ValueError("no soft prompts to decode: --adapter wants a run that trained them")
+    table = model.lvlm.decoder.embed_tokens.weight
+    word = functools.partial(model.tokenizer.inner.decode, skip_special_tokens=False)
     results = {}
     for modality, vectors in model.soft_prompts.items():
-        sequence = model.image_sequence() if modality == "image" else model.text_sequence("a")
-        hand = sequence.ids[sequence.prompt_slot : sequence.prompt_slot + sequence.prompt_length]
-        ids, cosine = nearest_tokens(vectors.detach(), model.lvlm.decoder.embed_tokens.weight)
-        word = model.tokenizer.inner.decode
-        results[modality] = [
-            [word([h]), word([i], skip_special_tokens=False), c]
-            for h, i, c in zip(hand, ids.tolist(), cosine.tolist())
-        ]
-        say(
-            format_table(
-                [f"{modality} prompt", "nearest token", "cosine"],
-                [[repr(a), repr(b), f"{c:.3f}"] for a, b, c in results[modality]],
-            )
-        )
-    return results, draw_soft_prompts
+        ids, cosines = nearest_tokens(vectors.detach(), table)
+        rows = []
+        for hand, near, cosine in zip(model.hand_prompt_ids(modality), ids, cosines):
+            row = {f"{modality} prompt": word([hand]), "nearest token": word([int(near)])}
+            rows.append(row | {"cosine": cosine.item()})
+        say_table(rows)
+        results[modality] = [list(row.values()) for row in rows]
+    return results, []
 
 
-def draw_soft_prompts(plt, results):
-    """Cosine of each learned vector with its nearest token, which stands below; in orange where it is not the hand prompt's."""
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(4.7 * len(results), 2.6), layout="constrained", squeeze=False
-    )
-    for axis, (modality, rows) in zip(axes[0], results.items()):
-        axis.bar(
-            range(len(rows)),
-            [c for _, _, c in rows],
-            color=["C0" if hand == near else "C1" for hand, near, _ in rows],
-        )
-        axis.set_xticks(
-            range(len(rows)),
-            [near.strip() or repr(near) for _, near, _ in rows],
-            rotation=45,
-            ha="right",
-        )
-        axis.set(title=f"{modality} soft prompt", ylabel="cosine with its nearest token")
-    return figure
+@contextlib.contextmanager
+def cut_decoder(decoder: Decoder, num_layers: int):
+    """Inside, the decoder ends after num_layers layers; before the final norm, if not after all."""
+    layers, norm = decoder.layers, decoder.norm
+    decoder.layers = layers[:num_layers]
+    decoder.norm = norm if num_layers == len(layers) else nn.Identity()
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+        decoder.norm = norm
 
 
-def run_layers(model, args):
-    """Supplement, Table 6: embeddings from every layer, before and after. States between layers have not met the final norm."""
-    pictures, captions = testbed(model, args)
-    benchmark = (
-        scene_benchmark(args.seed, gallery=2, items=min(args.items, 200))
-        if args.data == "scenes"
-        else None
-    )
-    results = {"pictures": len(pictures), "layers": {}}
+def study_layers(args) -> tuple[dict, list]:
+    """Scores of embeddings from every layer, before and after."""
+    model = load_model(args)
+    if args.data == "scenes":
+        size = model.lvlm.config.vision.image_size
+        num_items = min(args.items, 200)
+        benchmark = scenes.scene_benchmark(args.seed, args.items, num_items, size)
+    else:
+        images, captions = testbed(model, args)
+        benchmark = benchmarks.retrieval(images, [[caption] for caption in captions])
+    names = ("image_to_text R@1", "text_to_image R@1", *benchmarks.GROUPS)
+    results, rows = {"layers": {}}, []
     for when in before_and_after(model):
-        for depth in range(1, len(model.lvlm.decoder.layers) + 1):
-            encode_image = lambda items, depth=depth, **more: summary_embedding(
-                model.image_states(items, depth=depth, **more)
-            )
-            encode_text = lambda items, depth=depth: summary_embedding(
-                model.text_states(items, depth=depth)
-            )
-            scores = recall_both(encode_image(pictures), encode_text(captions))
-            if benchmark:
-                scores |= score(benchmark, *embed(model, benchmark, encode_image, encode_text))[
-                    "groups"
-                ]
-            results["layers"].setdefault(when, []).append(scores)
-    for when, rows in results["layers"].items():
-        say(
-            format_table(
-                [f"layer, {when}", *rows[0]],
-                [
-                    [str(n), *(f"{v:.1f}" for v in row.values())]
-                    for n, row in enumerate(rows, start=1)
-                ],
-            )
-        )
-    return results, draw_layers
+        results["layers"][when] = []
+        for number in range(1, len(model.lvlm.decoder.layers) + 1):
+            with cut_decoder(model.lvlm.decoder, number):
+                scores = benchmark.score(*benchmarks.embed_benchmark(model, benchmark))
+            scores = {name: scores[name] for name in names if name in scores}
+            results["layers"][when].append(scores)
+            rows.append({"layer": f"{number}, {when}"} | scores)
+    say_table(rows)
+    return results, []
 
 
-def draw_layers(plt, results):
+def draw_layers(plt, results: dict, images: list):
     """A line a score over the layers, dashed before, solid after."""
     figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
     for when, rows in results["layers"].items():
-        for n, name in enumerate(rows[0]):
-            line = "--" if when == "before" else "-"
-            axis.plot(
-                range(1, len(rows) + 1),
-                [row[name] for row in rows],
-                line,
-                color=f"C{n}",
-                marker="o",
-                markersize=3,
-                label=f"{name}, {when}",
-            )
-    axis.set(
-        xlabel="decoder layer that the embedding is taken from",
-        ylabel="percent",
-        xticks=range(1, len(rows) + 1),
-    )
+        style = {"linestyle": "--" if when == "before" else "-", "marker": "o", "markersize": 3}
+        for number, name in enumerate(rows[0]):
+            label = f"{name.replace('_', ' ')}, {when}"
+            values = [row[name] for row in rows]
+            axis.plot(range(1, len(rows) + 1), values, color=f"C{number}", label=label, **style)
+    axis.set(xlabel="decoder layer", ylabel="percent", xticks=range(1, len(rows) + 1))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-ASKED = ("Describe the image in detail.", "Describe the image briefly.", "What is in the image?")
+QUESTIONS = [
+    "Describe the image in detail.",
+    "Describe the image briefly.",
+    "What is in the image?",
+]
 
 
-def run_generation(args):
-    """Fig. 7: answers of the base, of --adapter on and off, and of --rival (an E5-V-style adapter), to the same prompts."""
+def study_generation(args) -> tuple[dict, list]:
+    """Answers of the untouched model, of --adapter on and off, and of --rival."""
     answers = {}
     for name, adapter in (("base", None), ("adapter", args.adapter), ("rival", args.rival)):
-        if adapter or name == "base":
-            model = load_model(argparse.Namespace(**vars(args) | {"adapter": adapter}))
-            pictures = testbed(model, args)[0][: len(ASKED)]
-            tell = lambda model=model, pictures=pictures: [
-                model.generate_batch([p] * len(ASKED), ASKED, max_new_tokens=200) for p in pictures
-            ]
-            answers[name] = tell()
-            if name == "adapter":
-                with model.adapter_disabled():
-                    answers["adapter off"] = tell()
-    for picture in range(len(pictures)):
-        for number, prompt in enumerate(ASKED):
-            say(
-                f"\npicture {picture}: {prompt}\n"
-                + "\n".join(f"  {name}: {told[picture][number]}" for name, told in answers.items())
-            )
-    words = lambda told: (
-        sum(len(answer.split()) for each in told for answer in each) / (len(ASKED) * len(told))
-    )
-    results = {
-        "prompts": ASKED,
-        "answers": answers,
-        "words an answer": {name: words(told) for name, told in answers.items()},
-    }
+        if adapter is None and name != "base":
+            continue
+        model = load_model(argparse.Namespace(**vars(args) | {"adapter": adapter}))
+        images = testbed(model, args)[0][:NUM_SHOWN]
+        answers[name] = [answer(model, image) for image in images]
+        if name == "adapter":
+            with model.adapter_disabled():
+                answers["adapter off"] = [answer(model, image) for image in images]
+    for number, question in itertools.product(range(len(images)), range(len(QUESTIONS))):
+        say(f"\nimage {number}: {QUESTIONS[question]}")
+        for name, answers_of in answers.items():
+            say(f"  {name}: {answers_of[number][question]}")
+    results = {"prompts": QUESTIONS, "answers": answers}
     if "adapter off" in answers:
         results["adapter off equals base"] = answers["adapter off"] == answers["base"]
         say(f"\nadapter off = base, to the letter: {results['adapter off equals base']}")
-    return results, functools.partial(draw_generation, pictures=pictures)
+    return results, images
 
 
-def draw_generation(plt, results, pictures):
-    """A row a picture with the answers to the first prompt."""
-    figure, axes = plt.subplots(
-        len(pictures),
-        2,
-        figsize=(9.5, 1.7 * len(pictures)),
-        width_ratios=(1, 6),
-        layout="constrained",
-        squeeze=False,
-    )
-    for number, ((shown, told), picture) in enumerate(zip(axes, pictures)):
-        shown.imshow(data.open_image(picture))
-        text = "\n".join(
-            textwrap.fill(
-                f"{name}: {answers[number][0]}",
-                122,
-                subsequent_indent="    ",
-                break_on_hyphens=False,
-            )
-            for name, answers in results["answers"].items()
-        )
-        told.text(0, 1, f"{results['prompts'][0]}\n\n{text}", va="top")
-        for axis in (shown, told):
-            axis.axis("off")
-    return figure
+def answer(model: VladVA, image) -> list[str]:
+    """What a model says of an image to each of QUESTIONS."""
+    return model.generate_batch([image] * len(QUESTIONS), QUESTIONS, MAX_NEW_TOKENS)
 
 
-STUDIES = {
-    "prompts": run_prompts,
-    "tokens": run_tokens,
-    "attention": run_attention,
-    "soft-prompts": run_soft_prompts,
-    "layers": run_layers,
+# -------------------------------------------------------------------------------- command line
+
+STUDIES = {  # name: (what measures, what draws, or None where the printed table shows it all)
+    "prompts": (study_prompts, draw_prompts),
+    "tokens": (study_tokens, draw_tokens),
+    "attention": (study_attention, draw_attention),
+    "soft-prompts": (study_soft_prompts, None),
+    "layers": (study_layers, draw_layers),
+    "generation": (study_generation, None),
 }
 
 
-def run_study(args):
-    """One look into the model: a table, OUT/<task>.json and OUT/<task>.png."""
-    if args.task == "generation":
-        results, draw = run_generation(args)
-    else:
-        results, draw = STUDIES[args.task](load_model(args), args)
+@data.command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m extras.studies", description="Analyses.")
+    parser.add_argument("study", choices=list(STUDIES), help="what is looked into")
+    data.add_model_flags(parser)
+    for flag, default, text in (
+        ("--rival", None, "generation: the folder of a second run (default: none)"),
+        ("--data", "scenes", "images and captions: scenes, or a pairs file (default: scenes)"),
+        ("--prompts", str(PROMPTS), "prompts: a JSON file of pairs (default: 50 of ours)"),
+        ("--out", "runs/analysis", "folder that is written (default: runs/analysis)"),
+        ("--seed", scenes.TEST_SEED, f"of the scenes (default: {scenes.TEST_SEED})"),
+        ("--items", 500, "images that are looked at (default: 500)"),
+    ):
+        kind = int if isinstance(default, int) else str
+        parser.add_argument(flag, type=kind, default=default, help=text)
+    args = parser.parse_args(argv)
+    if args.items < 2:
+        raise ValueError(f"--items {args.items}: at least 2 are needed")
+    study, draw = STUDIES[args.study]
+    results, images = study(args)
+    images = [data.open_image(image) for image in images[:NUM_SHOWN]]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "task": args.task,
-        "model": args.model,
-        "adapter": args.adapter,
-        "data": args.data,
-        "seed": args.seed,
-    }
-    write_json(out / f"{args.task}.json", about | results)
-    say(f"written: {out / args.task}.json")
-    save_picture(out / f"{args.task}.png", lambda plt: draw(plt, results))
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def command_line():
-    """The parser of the flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.studies", description="What the paper looks into."
-    )
-    parser.add_argument("task", choices=[*STUDIES, "generation"], help="what is looked into")
-    add_model_flags(parser)
-    parser.add_argument(
-        "--rival",
-        metavar="DIR",
-        help="a second adapter beside --adapter (generation), such as one trained with --loss text-text",
-    )
-    parser.add_argument(
-        "--data",
-        default="scenes",
-        help="what the studies look at: scenes, or a pairs file (default: scenes)",
-    )
-    parser.add_argument(
-        "--prompts",
-        default=str(PROMPTS),
-        metavar="FILE.json",
-        help='list of {"image": ..., "text": ...} (prompts)',
-    )
-    parser.add_argument(
-        "--out",
-        default="runs/analysis",
-        metavar="DIR",
-        help="where a study writes its numbers and its picture",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=TEST_SEED, help=f"of the held-out scenes (default: {TEST_SEED})"
-    )
-    parser.add_argument(
-        "--items",
-        type=int,
-        default=500,
-        help="scenes or rows that are looked at (default: 500)",
-    )
-    return parser
-
-
-@command
-def main(argv=None):
-    args = command_line().parse_args(argv)
-    if args.items < 1:
-        raise ValueError(f"--items {args.items}: at least 1")
-    return run_study(args)
+    write_json(out / f"{args.study}.json", vars(args) | results)
+    say(f"written: {out / args.study}.json")
+    if draw is not None:
+        save_figure(out / f"{args.study}.png", draw, results, images)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the paper looks into, on a random model."""
+"""What the paper looks into: measures in closed form, and each study on a random model."""
 
 import json
 import math
@@ -8,143 +8,252 @@ import sys
 
 import pytest
 import torch
-from conftest import shaken
+from conftest import make_folder, random_config, shaken
 from PIL import Image
-from test_eval import write
 
 import data
 import eval as benchmarks
 from extras import scenes, studies
-from extras.studies import attention_density
-from model import read_config
-from vladva import Settings, VladVA, output_entropy
+from extras.studies import attention_density, components_for, cumulative_variance, output_entropy
+from model import parse_config, read_json
+from vladva import VladVA, VladVAConfig
 
 
 @pytest.fixture(scope="module")
 def adapter(random_folder, tmp_path_factory):
     """The folder of a shaken adapter of the random model."""
     folder = tmp_path_factory.mktemp("adapter")
-    shaken(VladVA.from_pretrained(random_folder, settings=Settings(rank=4))).save_adapter(folder)
+    config = VladVAConfig(lora_rank=4)
+    shaken(VladVA.from_pretrained(random_folder, config=config)).save_adapter(folder)
     return folder
 
 
-def study(task, model, out, *flags):
+def study(name, model, out, *flags):
     """The numbers that a study writes."""
-    studies.main([task, "--model", str(model), "--items", "6", "--out", str(out), *map(str, flags)])
-    return json.loads((out / f"{task}.json").read_text())
+    flags = ["--items", "6", "--out", str(out), *map(str, flags)]
+    studies.main([name, "--model", str(model), *flags])
+    return json.loads((out / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("task", ["tokens", "attention", "soft-prompts", "layers"])
+def images_and_captions(count):
+    """The first held-out scenes, as the studies see them."""
+    images, captions = [], []
+    for i in range(count):
+        scene = scenes.make_scene(2000, i)
+        images.append(scenes.render(scene))
+        captions.append(str(scenes.short_caption(scene, random.Random(f"captions 2000 {i}"))))
+    return images, captions
+
+
+# ------------------------------------------------------------------------------------ measures
+
+
+def test_entropy_of_uniform_and_of_certain_distributions():
+    uniform = output_entropy(torch.zeros(2, 50))
+    assert uniform.tolist() == pytest.approx([math.log(50)] * 2, rel=1e-6)
+    certain = output_entropy(torch.tensor([100.0, 0.0, 0.0]))
+    assert certain.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_cumulative_variance_of_rank_one_and_of_isotropic_embeddings():
+    rank_one = cumulative_variance(torch.outer(torch.arange(4.0), torch.ones(6)))
+    assert rank_one[0].item() == pytest.approx(1, abs=1e-6)
+    isotropic = cumulative_variance(torch.cat([torch.eye(3), -torch.eye(3)]))
+    assert isotropic.tolist() == pytest.approx([1 / 3, 2 / 3, 1.0], abs=1e-6)
+    for emb in (torch.ones(1, 3), torch.ones(4, 3)):
+        with pytest.raises(ValueError, match="2 different ones are needed"):
+            cumulative_variance(emb)
+
+
+def test_components_for_a_share_of_the_variance_in_closed_form():
+    """Rank one needs one; ten equal ones need nine for 90 %, on whichever side rounding falls."""
+    rank_one = cumulative_variance(torch.outer(torch.arange(5.0), torch.ones(3)))
+    assert components_for(rank_one) == 1
+    equal = cumulative_variance(torch.cat([torch.eye(10), -torch.eye(10)]))
+    assert [components_for(equal, share) for share in (0.05, 0.1, 0.9, 1.0)] == [1, 1, 9, 10]
+
+
+def test_rank_correlation_in_closed_form_and_uniform_p():
+    x = torch.tensor([3.0, 1.0, 2.0, 10.0, 7.0, 8.0, 9.0])
+    rho, p = studies.rank_correlation(x, x.exp())
+    assert rho == pytest.approx(1)
+    assert 1 / 10_001 <= p < 0.01
+    assert studies.rank_correlation(x, -x)[0] == pytest.approx(-1)
+    tied = torch.tensor([1.0, 1.0, 2.0, 3.0])  # ranks 0.5 0.5 2 3 (from 0), against 0 1 2 3
+    rho, _ = studies.rank_correlation(tied, torch.arange(4.0))
+    assert rho == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    torch.manual_seed(0)
+    by_chance = []
+    for _ in range(40):
+        by_chance.append(studies.rank_correlation(torch.randn(12), torch.randn(12), 500)[1])
+    assert 0.3 < sum(by_chance) / 40 < 0.7
+    with pytest.raises(ValueError, match="equal values"):
+        studies.rank_correlation(torch.ones(3), torch.arange(3.0))
+
+
+def test_attention_density_of_uniform_of_pointed_and_of_scaled_maps():
+    entropy, share = attention_density(torch.full((2, 20), 0.01))
+    assert entropy.tolist() == pytest.approx([math.log(20)] * 2)
+    assert share.tolist() == [0.9, 0.9]
+    entropy, share = attention_density(torch.eye(20)[:1])
+    assert (entropy.item(), share.item()) == (0, 1 / 20)
+    share = attention_density(torch.tensor([0.3, 0.15, 0.05]))[1]  # two hold exactly 90 %
+    assert share.item() == pytest.approx(2 / 3)
+
+
+def test_nearest_tokens_go_by_angle_not_by_length():
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, 0.1]])
+    ids, cosine = studies.nearest_tokens(torch.tensor([[0.1, 0.0], [3.0, 4.0], [-1.0, 0.0]]), table)
+    assert ids.tolist() == [0, 1, 2]
+    assert cosine.tolist() == pytest.approx([1, 0.8, 1], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------ into the decoder
+
+
+def test_the_summary_tokens_attention_covers_the_image_and_no_later_token(random_model):
+    """The weights are those of the forward pass: with the values they give its attention output."""
+    (image,), _ = images_and_captions(1)
+    maps = studies.summary_attention(random_model, image)
+    config = random_model.lvlm.config
+    num_image_tokens = math.prod(config.image_grid())
+    shape = (config.decoder.num_hidden_layers, config.decoder.num_attention_heads)
+    assert maps.shape == (*shape, num_image_tokens)
+    assert (maps.sum(-1) < 1).all()
+    assert maps.min() > 0
+
+    # each head's values are replaced by "is an image token": the output is the mass on the image
+    pixels, batch = random_model.image_batch([image])
+    attend = torch.nn.functional.scaled_dot_product_attention
+    masses = []
+
+    def attend_and_note(q, k, v, **options):
+        if k.shape[1] == config.decoder.kv_heads and options.get("is_causal"):
+            is_image = torch.zeros_like(v)
+            is_image[:, :, batch.image_token_index[1]] = 1
+            masses.append(attend(q, k, is_image, **options)[0, :, int(batch.summary_index), 0])
+        return attend(q, k, v, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_and_note)
+        with torch.no_grad():
+            random_model.hidden_states(batch, "image", pixels)
+    torch.testing.assert_close(maps.sum(-1), torch.stack(masses), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cut_decoder_gives_the_states_between_its_layers(random_model):
+    decoder = random_model.lvlm.decoder
+    embeds = random_model.lvlm.embed(torch.arange(7)[None])
+    layers, norm = decoder.layers, decoder.norm
+    whole = decoder(embeds)
+    with studies.cut_decoder(decoder, len(layers)):
+        assert torch.equal(decoder(embeds), whole)
+    rotary = decoder.rotary(torch.arange(7)[None], embeds.dtype)
+    with studies.cut_decoder(decoder, 1):
+        torch.testing.assert_close(decoder(embeds), layers[0](embeds, rotary))
+    assert decoder.layers is layers
+    assert decoder.norm is norm
+    assert torch.equal(decoder(embeds), whole)
+
+
+# ---------------------------------------------------------------------------------- the studies
+
+
+@pytest.mark.parametrize("name", ["tokens", "attention", "soft-prompts", "layers"])
 def test_a_study_writes_numbers_before_and_after(
-    task, random_folder, adapter, tmp_path, monkeypatch, capsys
+    name, random_folder, adapter, tmp_path, monkeypatch, capsys
 ):
-    """With matplotlib out of the way: the numbers are written all the same, and one line says what is missing."""
+    """Without matplotlib: the numbers are written all the same, one line says what is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = study(task, random_folder, tmp_path, "--adapter", adapter)
-    assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+    results = study(name, random_folder, tmp_path, "--adapter", adapter)
+    assert ("pip install matplotlib" in capsys.readouterr().out) == (name != "soft-prompts")
+    assert not list(tmp_path.glob("*.png"))
     model = VladVA.from_pretrained(random_folder, adapter=adapter)
-    pictures, captions = zip(*((scenes.render(s), str(scenes.short_caption(s, random.Random(f"captions 2000 {i}"))))
-                               for i, s in enumerate(scenes.make_scene(2000, i) for i in range(6))))  # fmt: skip
-    recall = lambda a, b: pytest.approx(
-        benchmarks.recall_at(a, b, torch.arange(6))["image_to_text"]["R@1"]
-    )
-    if task == "tokens":
-        logits = model.lvlm.head(model.text_states(list(captions)))
-        assert found["measures"]["after"]["text entropy"] == pytest.approx(
-            output_entropy(logits).mean().item(), rel=1e-5
-        )
+    images, captions = images_and_captions(6)
+    if name == "tokens":
+        with torch.no_grad():
+            states, _ = model.hidden_states(model.text_batch(captions), "text")
+            logits = model.lvlm.lm_head(states)
+        entropy = output_entropy(logits).mean().item()
+        assert results["measures"]["after"]["text entropy"] == pytest.approx(entropy, rel=1e-5)
         best = model.tokenizer.decode([logits[1].argmax().item()])
-        assert found["tokens"]["after"]["text"][1][0] == [
-            best,
-            pytest.approx(logits[1].softmax(-1).max().item(), rel=1e-4),
-        ]
-        assert found["measures"]["before"] != found["measures"]["after"]
-    if task == "attention":
-        after = [
-            attention_density(model.summary_attention(picture))[0].mean().item()
-            for picture in pictures
-        ]
-        assert found["density"]["after"]["entropy"] == pytest.approx(sum(after) / 6, rel=1e-5)
-        assert (
-            found["density"]["before"]["entropy"]
-            != found["density"]["after"]["entropy"]
-            < found["entropy when uniform"]
-        )
-    if task == "soft-prompts":
-        hand = "".join(row[0] for row in found["image"]).strip()
-        assert hand == Settings.image_prompt and all(
-            -1 <= row[2] < 0.9999 for row in found["image"] + found["text"]
-        )
-    if task == "layers":
-        assert found["layers"]["after"][-1]["image to text R@1"] == recall(
-            model.encode_image(list(pictures)), model.encode_text(list(captions))
-        )
-        assert [len(rows) for rows in found["layers"].values()] == [2, 2] and {
-            "Replace",
-            "Swap",
-            "Add",
-        } < found["layers"]["before"][0].keys()
+        share = logits[1].softmax(-1).max().item()
+        likeliest = results["tokens"]["after, text"][1][0]
+        assert likeliest == [best, pytest.approx(share, rel=1e-4)]
+        assert results["measures"]["before"] != results["measures"]["after"]
+    if name == "attention":
+        entropies = []
+        for image in images:
+            maps = studies.summary_attention(model, image)
+            entropies.append(attention_density(maps)[0].mean().item())
+        density = results["density"]
+        assert density["after"]["entropy"] == pytest.approx(sum(entropies) / 6, rel=1e-5)
+        assert density["before"]["entropy"] != density["after"]["entropy"]
+        assert density["after"]["entropy"] < results["entropy when uniform"]
+    if name == "soft-prompts":
+        hand = "".join(row[0] for row in results["image"]).strip()
+        assert hand == VladVAConfig.image_prompt
+        assert all(-1 <= row[2] < 0.9999 for row in results["image"] + results["text"])
+    if name == "layers":
+        image_emb, text_emb = model.encode_image(images), model.encode_text(captions)
+        recall = benchmarks.recall(image_emb, text_emb, torch.arange(6))["image_to_text R@1"]
+        assert results["layers"]["after"][-1]["image_to_text R@1"] == pytest.approx(recall)
+        assert [len(rows) for rows in results["layers"].values()] == [2, 2]
+        assert {"Replace", "Swap", "Add"} < results["layers"]["before"][0].keys()
 
 
 def test_prompts_are_measured_one_pair_at_a_time(random_folder, tmp_path):
-    pairs = [
-        {"image": f"{verb} the image.", "text": f"{verb} the text."}
-        for verb in ("Describe", "Name", "Give", "Caption")
-    ]
-    write(tmp_path / "prompts.json", pairs)
-    found = study("prompts", random_folder, tmp_path, "--prompts", tmp_path / "prompts.json")
-    entropies = [row["entropy"] for row in found["prompts"]]
-    assert entropies == sorted(entropies) and {row["image prompt"] for row in found["prompts"]} == {
-        pair["image"] for pair in pairs
-    }
-    assert all(-1 <= c["rho"] <= 1 and 0 < c["p"] <= 1 for c in found["correlations"].values())
+    verbs = ("Describe", "Name", "Give", "Caption")
+    pairs = [{"image": f"{verb} the image.", "text": f"{verb} the text."} for verb in verbs]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    results = study("prompts", random_folder, tmp_path, "--prompts", tmp_path / "pairs.json")
+    rows = results["prompts"]
+    entropies = [row["entropy"] for row in rows]
+    assert entropies == sorted(entropies)
+    assert {row["image_prompt"] for row in rows} == {pair["image"] for pair in pairs}
+    for correlation in results["correlations"].values():
+        assert -1 <= correlation["rho"] <= 1
+        assert 0 < correlation["p"] <= 1
 
 
 def test_the_committed_prompts_are_50_pairs_that_the_tiny_model_reads_word_by_word():
     pairs = json.loads(studies.PROMPTS.read_text())
-    tokenizer = data.Tokenizer(data.TINY, read_config(data.TINY))
-    assert (
-        len({pair["image"] for pair in pairs})
-        == len({pair["text"] for pair in pairs})
-        == len(pairs)
-        == 50
-    )
-    for prompt in (text for pair in pairs for text in pair.values()):
-        assert len(tokenizer.encode(prompt).ids) - 1 == len(re.findall(r"\w+|[^\w\s]", prompt)), (
-            prompt
-        )
+    tokenizer = data.Tokenizer(data.TINY, parse_config(read_json(data.TINY / "config.json")))
+    for side in ("image", "text"):
+        prompts = {pair[side] for pair in pairs}
+        assert len(prompts) == len(pairs) == 50
+        for prompt in prompts:
+            num_words = len(re.findall(r"\w+|[^\w\s]", prompt))
+            assert len(tokenizer.encode(prompt).ids) - 1 == num_words, prompt
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Glyph|constrained_layout"
-)  # a random model says what no font has
 def test_generation_shows_every_model_and_that_switched_off_is_the_base(
-    random_folder, adapter, tmp_path, capsys
+    tmp_path, monkeypatch, capsys
 ):
-    found = study("generation", random_folder, tmp_path, "--adapter", adapter, "--rival", adapter)
-    assert found["adapter off equals base"] and set(found["answers"]) == {
-        "base",
-        "adapter",
-        "adapter off",
-        "rival",
-    }
-    assert found["answers"]["rival"] == found["answers"]["adapter"] != found["answers"]["base"]
+    """On weights whose likeliest words the adapter changes: not all random ones are like that."""
+    monkeypatch.setattr(studies, "NUM_SHOWN", 2)
+    monkeypatch.setattr(studies, "MAX_NEW_TOKENS", 20)
+    folder = make_folder(tmp_path, random_config(), seed=1)
+    config = VladVAConfig(lora_rank=4)
+    adapter = tmp_path / "adapter"
+    shaken(VladVA.from_pretrained(folder, config=config)).save_adapter(adapter)
+    results = study("generation", folder, tmp_path, "--adapter", adapter, "--rival", adapter)
+    assert results["adapter off equals base"]
+    answers = results["answers"]
+    assert set(answers) == {"base", "adapter", "adapter off", "rival"}
+    assert answers["rival"] == answers["adapter"] != answers["base"]
     assert "adapter off: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "task", ["prompts", "tokens", "attention", "soft-prompts", "layers", "generation"]
-)
+@pytest.mark.parametrize("name", ["prompts", "tokens", "attention", "layers"])
 @pytest.mark.filterwarnings("ignore:Glyph|constrained_layout")
-def test_studies_draw_their_pictures(task, random_folder, adapter, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is an extra")
-    write(
-        tmp_path / "prompts.json",
-        [{"image": f"{verb} it.", "text": f"{verb} it."} for verb in ("Describe", "Name", "Give")],
-    )
-    adapted = [] if task == "prompts" else ["--adapter", adapter]
-    study(task, random_folder, tmp_path, "--prompts", tmp_path / "prompts.json", *adapted)
-    assert Image.open(tmp_path / f"{task}.png").width > 500
+def test_studies_draw_their_figures(name, random_folder, adapter, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, which is an extra")
+    pairs = [{"image": f"{verb} it.", "text": f"{verb} it."} for verb in ("Describe", "Name")]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    flags = [] if name == "prompts" else ["--adapter", adapter]
+    study(name, random_folder, tmp_path, "--prompts", tmp_path / "pairs.json", *flags)
+    assert Image.open(tmp_path / f"{name}.png").width > 500
 
 
 def test_studies_take_a_pairs_file_and_refuse_what_they_cannot_do(
@@ -153,66 +262,22 @@ def test_studies_take_a_pairs_file_and_refuse_what_they_cannot_do(
     rows = []
     for i in range(4):
         scenes.render(scenes.make_scene(3, i)).save(tmp_path / f"{i}.png")
-        rows.append({"image": f"{i}.png", "short": f"a red circle {i}"})
-    write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows)))
-    assert (
-        study("layers", random_folder, tmp_path, "--data", tmp_path / "pairs.jsonl")["pictures"]
-        == 4
-    )
-    write(tmp_path / "prompts.json", [{"image": "Describe it."}] * 3)
+        rows.append(json.dumps({"image": f"{i}.png", "short": f"a red circle {i}"}))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(rows))
+    results = study("layers", random_folder, tmp_path, "--data", pairs)
+    assert results["layers"]["before"][0].keys() == {"image_to_text R@1", "text_to_image R@1"}
+    (tmp_path / "prompts.json").write_text(json.dumps([{"image": "Describe it."}] * 3))
+    pairs.write_text(rows[0])
     refused = {
         "no soft prompts to decode": ["soft-prompts"],
         "adapted model": ["prompts", "--adapter", str(adapter)],
-        "wanted a list of two or more": [
-            "prompts",
-            "--prompts",
-            str(tmp_path / "prompts.json"),
-        ],
-        "at least 2 are needed": [
-            "tokens",
-            "--data",
-            str(tmp_path / "pairs.jsonl"),
-            "--items",
-            "1",
-        ],
+        "wanted two or more": ["prompts", "--prompts", str(tmp_path / "prompts.json")],
+        "gives 1 captioned rows": ["tokens", "--data", str(pairs)],
+        "at least 2 are needed": ["tokens", "--items", "1"],
     }
     for message, flags in refused.items():
         with pytest.raises(SystemExit) as stopped:
             studies.main([*flags, "--model", str(random_folder), "--out", str(tmp_path)])
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_rank_correlation_in_closed_form_and_against_pearson_on_ranks():
-    x = torch.tensor([3.0, 1.0, 2.0, 10.0, 7.0, 8.0, 9.0])
-    rho, p = studies.rank_correlation(x, x.exp())
-    assert rho == pytest.approx(1) and 1 / 10_001 <= p < 0.01
-    assert studies.rank_correlation(x, -x)[0] == pytest.approx(-1)
-    tied = torch.tensor([1.0, 1.0, 2.0, 3.0])  # ranks .5 .5 2 3 (from 0), against 0 1 2 3
-    assert studies.rank_correlation(tied, torch.arange(4.0))[0] == pytest.approx(
-        4.5 / (4.5 * 5) ** 0.5
-    )
-    torch.manual_seed(0)
-    apart = [
-        studies.rank_correlation(torch.randn(12), torch.randn(12), permutations=500)[1]
-        for _ in range(40)
-    ]
-    assert 0.3 < sum(apart) / 40 < 0.7  # p is uniform where there is no correlation
-    with pytest.raises(ValueError, match="equal values"):
-        studies.rank_correlation(torch.ones(3), torch.arange(3.0))
-
-
-def test_attention_density_of_uniform_of_pointed_and_of_scaled_maps():
-    uniform, pointed = torch.full((2, 20), 0.01), torch.eye(20)[:1]
-    entropy, share = studies.attention_density(uniform)
-    assert entropy.tolist() == pytest.approx([math.log(20)] * 2) and share.tolist() == [0.9, 0.9]
-    entropy, share = studies.attention_density(pointed)
-    assert (entropy.item(), share.item()) == (0, 1 / 20)
-    assert studies.attention_density(torch.tensor([0.3, 0.15, 0.05]))[1].item() == pytest.approx(
-        2 / 3
-    )  # the two largest hold exactly 90 %
-
-
-def test_nearest_tokens_go_by_angle_not_by_length():
-    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, 0.1]])
-    ids, cosine = studies.nearest_tokens(torch.tensor([[0.1, 0.0], [3.0, 4.0], [-1.0, 0.0]]), table)
-    assert ids.tolist() == [0, 1, 2] and cosine.tolist() == pytest.approx([1, 0.8, 1], abs=1e-4)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
