@@ -1,9 +1,9 @@
 """The paper's metrics and benchmarks: retrieval, SugarCrepe(++), Winoground, ImageNet.
 
-    python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine --json ours.json
+    python eval.py --task coco --folder DIR --model llava-1.5-7b --adapter runs/mine --json o.json
     torchrun --nproc-per-node 8 eval.py --task coco --folder DIR ...  # encoding is shared out
     python eval.py --task coco --folder DIR --embeddings clip.npz  # the metrics of any system
-    python eval.py --task paper ours.json ...  # the paper's tables, with results of earlier runs
+    python eval.py --task paper o.json ...  # the paper's tables, with results of earlier runs
 
 Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS: docs/evaluation.md says
 which files it wants; docs/extending.md adds one.
@@ -34,8 +34,8 @@ from vladva import VladVA, load_model, next_token_loss, similarity
 # ------------------------------------------------------------------------- metrics, in percent
 
 
+# A tie is a miss: scores are compared strictly everywhere.
 def percent(hits: Tensor) -> float:
-    """Share of True in a tensor, in percent."""
     return 100 * hits.double().mean().item()
 
 
@@ -48,6 +48,7 @@ def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, 
     texts that score at least as high as the best of its own. `block` texts are compared at once.
     """
     blocks = [slice(start, start + block) for start in range(0, len(text_emb), block)]
+    # for each text: how many images score at least as high as its own, which is one of them
     image_ranks = []
     best_score = torch.full((len(image_emb),), -torch.inf, dtype=image_emb.dtype)  # (A,)
     for texts in blocks:
@@ -55,10 +56,11 @@ def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, 
         score = sim.gather(0, image_of_text[texts][None])[0]  # (block,), with its own image
         image_ranks.append((sim >= score).sum(0) - 1)
         best_score.scatter_reduce_(0, image_of_text[texts], score, "amax")
+    # for each image: how many texts of others score at least as high as the best of its own
     text_ranks = torch.zeros(len(image_emb), dtype=torch.long)
     for texts in blocks:
         sim = similarity(image_emb, text_emb[texts])
-        sim.scatter_(0, image_of_text[texts][None], -torch.inf)  # only texts of others count
+        sim.scatter_(0, image_of_text[texts][None], -torch.inf)
         text_ranks += (sim >= best_score[:, None]).sum(1)
     return torch.cat(image_ranks), text_ranks
 
@@ -156,6 +158,7 @@ def category_scores(items: dict, groups: dict, image_emb: Tensor, text_emb: Tens
     items: {category: [(image index, true text, false text) or (image index, true text, the same in
     other words, false text), ...]}; groups: {group: its categories}.
     """
+    # the categories
     parts = {}
     for category, rows in items.items():
         image, *texts = torch.tensor(rows).T
@@ -166,9 +169,12 @@ def category_scores(items: dict, groups: dict, image_emb: Tensor, text_emb: Tens
         else:
             accuracies = paraphrase_accuracy(*embeddings)
             parts[category] = {f" {name}": value for name, value in accuracies.items()}
+    # their means by group
     for group, categories in groups.items():
-        members = [parts[category] for category in categories]
-        parts[group] = {name: sum(m[name] for m in members) / len(members) for name in members[0]}
+        parts[group] = {}
+        for suffix in parts[categories[0]]:
+            values = [parts[category][suffix] for category in categories]
+            parts[group][suffix] = sum(values) / len(values)
     scores = {}
     for name, values in parts.items():
         scores |= {f"{name}{suffix}": value for suffix, value in values.items()}
@@ -218,8 +224,8 @@ def clean_text(text: str, args) -> str:
     return text[:-1].rstrip() if args.strip_period and text.endswith(".") else text
 
 
+# Flickr30k or COCO in Karpathy's split, test part.
 def read_karpathy(folder: Folder, args) -> Benchmark:
-    """Flickr30k or COCO in Karpathy's split, test part."""
     images, captions = [], []
     for row in folder.json(f"dataset_{args.task}.json")["images"]:
         if row["split"] != "test":
@@ -233,8 +239,9 @@ def read_karpathy(folder: Folder, args) -> Benchmark:
     return retrieval(images, captions) if images else folder.refuse("no row of split 'test'")
 
 
+# Inside each domain, their plain mean as the paper reports it, and in the whole.
 def read_nocaps(folder: Folder, args) -> Benchmark:
-    """Retrieval inside each domain, their plain mean as the paper reports it, and in the whole."""
+    # captions name the id of their image, whose file name stands elsewhere in the file
     raw = folder.json("nocaps_val_4500_captions.json")
     captions_of = {row["id"]: [] for row in raw["images"]}
     for row in raw["annotations"]:
@@ -264,8 +271,8 @@ def read_nocaps(folder: Folder, args) -> Benchmark:
     return Benchmark(images, whole.texts, score, whole.counts | counts)
 
 
+# SugarCrepe and SugarCrepe++, a file a category. fields: the texts of a row, the false last.
 def read_hard_negatives(folder: Folder, args, fields: tuple, groups: dict) -> Benchmark:
-    """SugarCrepe and SugarCrepe++, a file a category. fields: the texts of a row, the false last."""
     images, texts, items = IndexedList(), IndexedList(), {}
     for category in itertools.chain(*groups.values()):
         rows = folder.json(f"{category}.json")
@@ -283,8 +290,8 @@ SUGARCREPE_PP = {"fields": ("caption", "caption2", "negative_caption")}
 SUGARCREPE_PP |= {"groups": {group: GROUPS[group] for group in ("Replace", "Swap")}}
 
 
+# Two images and two captions of the same words an item.
 def read_winoground(folder: Folder, args) -> Benchmark:
-    """Two images and two captions of the same words an item."""
     images, texts = [], []
     for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -300,8 +307,8 @@ def read_winoground(folder: Folder, args) -> Benchmark:
     return Benchmark(images, texts, score, {"items": len(images) // 2})
 
 
+# Class names stand in the order of the sorted WordNet ids.
 def read_imagenet(folder: Folder, args) -> Benchmark:
-    """Zero-shot classification of val/; class names in the order of the sorted WordNet ids."""
     classes = read_json(args.classes)
     names, templates = classes["classnames"], classes["templates"]
     if args.templates == "one":
@@ -339,8 +346,8 @@ BENCHMARKS = {  # task: its reader, and where its files are published
 }
 
 
+# One clear line where a file is not as it was published.
 def read_benchmark(args) -> Benchmark:
-    """The benchmark that --task and --folder name; one clear line where a file is not as published."""
     reader, source = BENCHMARKS[args.task]
     folder = Folder(args.folder, args.task, source)
     try:
@@ -354,7 +361,7 @@ def read_benchmark(args) -> Benchmark:
 
 
 def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
-    """encode(items) on the host, (B, D), shared out over the processes; all of them get all rows."""
+    """encode(items) on the host, (B, D), shared out over the processes; all get all rows."""
     rank, world_size = rank_and_world_size()
     rows, _ = all_gather_rows(encode(Subset(items, range(rank, len(items), world_size))))
     out = torch.empty_like(rows)
@@ -363,8 +370,8 @@ def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
     return out.cpu()
 
 
+# Work is shared out over the processes; all of them get all rows.
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
-    """(image_emb, text_emb) of a benchmark by a model of this project."""
     image_emb = encode_over_ranks(model.encode_image, benchmark.images)
     return image_emb, encode_over_ranks(
         lambda texts: model.encode_text(list(texts)), benchmark.texts
@@ -397,8 +404,8 @@ def image_names(benchmark: Benchmark) -> list[str]:
     return [Path(image).name for image in benchmark.images]
 
 
+# What load_embeddings reads.
 def save_embeddings(path: str, benchmark: Benchmark, image_emb: Tensor, text_emb: Tensor) -> None:
-    """Write what load_embeddings reads."""
     embeddings = {"image_emb": image_emb.numpy(), "text_emb": text_emb.numpy()}
     with open(path, "wb") as file:
         np.savez(file, images=image_names(benchmark), texts=benchmark.texts, **embeddings)
@@ -454,7 +461,7 @@ class HeldOutPairs:
         benchmark = retrieval(images, [row["short"][:1] for row in self.rows])
         image_emb, text_emb = embed_benchmark(model, benchmark)
         described = [row for row in self.rows if row["long"]][:300]
-        images, captions = ([row[key] for row in described] for key in ("image", "long"))
+        images, captions = [row["image"] for row in described], [row["long"] for row in described]
         caption_loss = mean_caption_loss(model, images, captions) if described else None
         scores = benchmark.score(image_emb, text_emb)
         return Measured(scores, similarity(image_emb, text_emb), caption_loss)
@@ -485,8 +492,8 @@ PAPER_NAMES = {"llava-1.5-7b": "LLaVA-1.5-7B", "llava-1.5-13b": "LLaVA-1.5-13B"}
 PAPER_NAMES |= {"qwen2-vl-2b": "Qwen2-VL-2B"}
 
 
+# What the paper calls a model of this project, with VladVA's adapter or without.
 def paper_name(model: str, adapter: str | None) -> str | None:
-    """What the paper calls a model of this project, with VladVA's adapter or without."""
     short = model.split("/")[-1].lower().removesuffix("-hf").removesuffix("-instruct")
     name = PAPER_NAMES.get(short)
     return f"VladVA ({name})" if name and adapter else name
@@ -565,6 +572,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
     if args.row and args.row not in paper_tables().get(args.task, {}):
         raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
+    # images and texts, their embeddings, the scores
     benchmark = read_benchmark(args)
     if args.embeddings:
         image_emb, text_emb = load_embeddings(args.embeddings, benchmark)
@@ -573,6 +581,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     scores = benchmark.score(image_emb, text_emb)
     say(comparison_table(args.task, scores, name))
     say(", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items()))
+    # for a table of results, or another reader
     results = {"task": args.task, "model": args.model, "adapter": args.adapter, "paper_row": name}
     results |= {"scores": scores, "counts": benchmark.counts}
     if rank_and_world_size()[0] == 0:

@@ -50,7 +50,7 @@ def write_json(path: str | Path, value) -> None:
 
 
 def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | None = None):
-    """A dataclass from a JSON object; ValueError names an unknown field, or one of a wrong value."""
+    """A dataclass from a JSON object; ValueError names an unknown field, or a wrong value."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
     types = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -358,25 +358,24 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        width = config.hidden_size
-        self.layer = layer
-        self.head_width = config.head_width
-        self.grouped = config.num_attention_heads != config.kv_heads
+        width, bias = config.hidden_size, config.qkv_bias
         query_width = config.num_attention_heads * config.head_width
         key_width = config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(width, query_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, key_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, key_width, bias=config.qkv_bias)
+        self.layer = layer
+        self.head_width = config.head_width
+        self.grouped = query_width != key_width
+        self.q_proj = nn.Linear(width, query_width, bias)
+        self.k_proj = nn.Linear(width, key_width, bias)
+        self.v_proj = nn.Linear(width, key_width, bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
-        q = apply_rotary(self.split_heads(self.q_proj(x)), *rotary)
-        k = apply_rotary(self.split_heads(self.k_proj(x)), *rotary)
-        return q, k, self.split_heads(self.v_proj(x))
+        heads = []
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            heads.append(projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2))
+        q, k, v = heads
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def forward(self, x: Tensor, rotary, cache: KVCache | None = None) -> Tensor:
         q, k, v = self.project(x, rotary)
@@ -384,9 +383,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+        options = {"is_causal": mask is None, "enable_gqa": self.grouped}
+        attended = F.scaled_dot_product_attention(q, k, v, mask, **options)  # (B, H, T, K)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -422,20 +420,15 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Phi_l: token embeddings (B, T, D) -> hidden states after the final norm (B, T, D).
-
-    `gradient_checkpointing` recomputes each block in the backward pass instead of keeping its
-    activations.
-    """
+    """Phi_l: token embeddings (B, T, D) -> hidden states after the final norm (B, T, D)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # recompute blocks in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderBlock(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rotary(self, position_ids: Tensor, dtype) -> tuple[Tensor, Tensor]:
