@@ -4,9 +4,8 @@
     with lora_disabled(lvlm.decoder): ...  # the frozen model, bit for bit
     merge_lora(lvlm.decoder)  # folds B A into W0; the layers are nn.Linear again
 
-Saving and loading is VladVA.save_adapter's (vladva.py), which keeps the soft prompts beside them.
-
-Not here: dropout, DoRA, quantised bases, other layers than the seven linears of a Llama block.
+Not here: saving and loading (VladVA.save_adapter in vladva.py), dropout, DoRA, quantised bases,
+other layers than the seven linears of a Llama block.
 """
 
 import contextlib
@@ -55,20 +54,14 @@ class LoRALinear(nn.Module):
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     """{name: layer} of the LoRA layers inside a module."""
-    layers = {}
-    for name, child in module.named_modules():
-        if isinstance(child, LoRALinear):
-            layers[name] = child
-    return layers
+    return {name: m for name, m in module.named_modules() if isinstance(m, LoRALinear)}
 
 
 def attach_lora(module: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
-    """Wrap every linear layer of the module that TARGETS names; the base weights stay where they are.
-
-    lora_a depends on the seed alone: not on the device, nor on what ran before.
-    """
+    """Wrap every linear layer of the module that TARGETS names; its weights stay where they are."""
     if lora_layers(module):
         raise ValueError("this model has LoRA layers already: merge or reload it first")
+    # lora_a depends on the seed alone: not on the device, nor on what ran before
     generator = torch.Generator().manual_seed(seed)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
