@@ -383,8 +383,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        options = {"is_causal": mask is None, "enable_gqa": self.grouped}
-        attended = F.scaled_dot_product_attention(q, k, v, mask, **options)  # (B, H, T, K)
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.grouped}
+        attended = F.scaled_dot_product_attention(q, k, v, **options)  # (B, H, T, K)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 

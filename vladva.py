@@ -25,7 +25,16 @@ from torch import Tensor, nn
 import data
 from data import flag
 from lora import attach_lora, lora_disabled
-from model import DTYPES, LVLM, check_shapes, from_json, generate, load_lvlm, open_safetensors
+from model import (
+    DTYPES,
+    LVLM,
+    check_shapes,
+    from_json,
+    generate,
+    load_lvlm,
+    open_safetensors,
+    read_json,
+)
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -181,6 +190,9 @@ class VladVA(nn.Module):
         folder = data.model_folder(name)
         if adapter is not None:
             tensors, config = read_adapter(adapter)
+        elif config is None and (folder / "vladva.json").exists():  # extras/export.py wrote it
+            merged = read_json(folder / "vladva.json").get("config")
+            config = from_json(VladVAConfig, merged, f"{folder}/vladva.json")
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype)
         tokenizer = data.Tokenizer(folder, lvlm.config)
@@ -442,7 +454,7 @@ class VladVA(nn.Module):
         parameters = self.trained_parameters()
         # encoding needs nothing of a loss that is not registered here
         if self.config.loss not in LOSSES:
-            tensors = {name: t for name, t in tensors.items() if name in parameters}
+            tensors = {k: t for k, t in tensors.items() if not k.startswith("loss_parameters.")}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         wanted = {name: p.shape for name, p in parameters.items()}
         check_shapes(shapes, wanted, f"{source} does not fit {self.name}")
