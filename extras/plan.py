@@ -1,253 +1,189 @@
-"""Memory and time of training at full size, from the shapes, and a check of the memory on small models. By hand; writes docs/scaling.md's tables.
+"""Memory and arithmetic of a training step at full size, counted from the shapes.
 
-    python -m extras.plan [--only-plan]
+    python -m extras.plan  # prints the tables of docs/scaling.md and writes them there
 
-The plan comes from step_bytes and train.step_flops on a model on the meta device. The check runs one step of small random models
-in processes of their own on the CPU and compares the peak with step_bytes. No GPU is involved anywhere.
+The models are on the meta device, where tensors have shapes and no numbers: torch counts the
+operations of a real step of train.backward there, and the memory follows from what a block keeps.
+
+Not here: measurements. train.py writes the peak memory and the speed of a run to metrics.jsonl.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
 import torch
-from bench import peak, rows, write_folder
-from conftest import HUB_CONFIGS
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-import train
-from model import LVLM, parse_config
-from vladva import Batch, ChunkedCrossEntropy, Settings, TrainingBatch, VladVA
+import data
+from data import Batch, TrainingBatch
+from model import LVLM, DecoderConfig, LVLMConfig, VisionConfig
+from train import HEAD_CHUNK, TrainConfig, backward
+from vladva import VladVA, VladVAConfig
 
-IMAGE_PROMPT, TURN, TEXT_PROMPT = (
-    21,
-    16,
-    20,
-)  # tokens of the templates with Llama's tokenizer, without the picture's and the caption's
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+CLIP = VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)  # ViT-L/14
+DECODERS = {  # Vicuna's vocabulary and widths
+    "7B": DecoderConfig(32064, 4096, 11008, num_hidden_layers=32, num_attention_heads=32),
+    "13B": DecoderConfig(32064, 5120, 13824, num_hidden_layers=40, num_attention_heads=40),
+}
+# tokens of the templates without image and captions, and of a hand prompt (Llama's tokenizer)
+IMAGE_TEMPLATE, DETAIL_TEMPLATE, TEXT_TEMPLATE, PROMPT = 21, 15, 19, 10
 SHORT, LONG, LONGEST = 12, 200, 500  # tokens of captions: assumed means, and the paper's limit
-PAPER_PAIRS, PAPER_BATCH = 8.1e6, 1024
-MACHINES = (
-    ("one 24 GB GPU", 24e9, 1, 165e12),
-    ("one 80 GB GPU", 80e9, 1, 312e12),
-    ("8 x 80 GB GPUs", 80e9, 8, 312e12),
-)  # memory, count, FLOPS
-SHARE = 0.4  # of the data-sheet rate: an assumption
+CARDS = {"24 GB": 24e9, "80 GB": 80e9}
+USABLE = 0.95  # of a card's memory; the rest is room for CUDA itself and the allocator's holes
+ALL_KEPT = TrainConfig(gradient_caching=True, gradient_checkpointing=False)
+CUDA_DEFAULT = TrainConfig(gradient_caching=True, gradient_checkpointing=True, micro_batch_size=8)
 
 
-def step_bytes(model, parts, config):
-    """Memory that one step of this process needs, from the shapes: {"weights", "adapter", "activations", "logits"} in bytes.
-
-    adapter: values, gradients and AdamW's two moments of what is trained, in float32. activations: of all parts at once, or with
-    config.grad_cache of the largest. logits: a chunk of them and its softmax. Not counted: the program itself, and what the allocator
-    cannot use.
-    """
-    decoder, itemsize = model.lvlm.config.decoder, model.lvlm.compute_dtype.itemsize
-    each = [
-        train.activation_bytes(decoder, train.token_count([part]), config.checkpointing, itemsize)
-        for part in parts
-    ]
-    return {
-        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
-        "adapter": 4 * sum(p.nbytes for _, p in model.trained()),
-        "activations": max(each) if config.grad_cache else sum(each),
-        "logits": 2
-        * 4
-        * decoder.vocab_size
-        * min(ChunkedCrossEntropy.CHUNK, max(len(part.targets) for part in parts)),
-    }
-
-
-def meta_model(size):
-    """LLaVA-1.5 of full size in bfloat16 with its adapters on the meta device; the soft prompts have the hand prompts' lengths."""
+def meta_model(decoder: DecoderConfig) -> VladVA:
+    """LLaVA-1.5 in bfloat16 with its adapters, on the meta device."""
     with torch.device("meta"):
-        lvlm = LVLM(parse_config(HUB_CONFIGS[size])).to(torch.bfloat16).requires_grad_(False)
-        model = VladVA(lvlm, None, None, Settings(soft_prompts=False), size)
+        lvlm = LVLM(LVLMConfig(CLIP, decoder, image_token_id=32000)).to(torch.bfloat16)
+        lvlm.requires_grad_(False)
+        model = VladVA(lvlm, None, None, VladVAConfig(soft_prompts=False), "meta")
         model.attach()
-        width = lvlm.config.decoder.hidden_size
-        model.soft_prompts = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(10, width)) for name in ("image", "text")}
-        )
+        for modality in ("image", "text"):
+            model.soft_prompts[modality] = nn.Parameter(torch.empty(PROMPT, decoder.hidden_size))
     return model
 
 
-def shaped_batch(model, count, short=SHORT, long=LONG):
-    """A TrainingBatch of `count` pairs that has shapes only."""
-    empty = lambda *shape: torch.empty(*shape, dtype=torch.long, device="meta")
-    image = model.lvlm.config.num_image_tokens
-    prompt, text = IMAGE_PROMPT + image, TEXT_PROMPT + short
+def meta_batch(model: VladVA, num_pairs: int, long: int) -> TrainingBatch:
+    """`num_pairs` pairs whose long captions have `long` tokens, as shapes alone."""
+    rows, columns = model.lvlm.config.image_grid()
+    prefix = IMAGE_TEMPLATE + rows * columns
+    with torch.device("meta"):
+        images = meta_sequences(num_pairs, prefix, rows * columns, DETAIL_TEMPLATE, long + 1)
+        texts = meta_sequences(num_pairs, TEXT_TEMPLATE + SHORT, 0, 0, 0)
+        pixels = torch.empty(num_pairs, 3, CLIP.image_size, CLIP.image_size)
+        image_of_text = torch.empty(num_pairs, dtype=torch.long)
+    return TrainingBatch(pixels, images, texts, image_of_text, None)
 
-    def batch(width, used, prompt_width, image):
-        return Batch(
-            empty(count, width),
-            empty(count),
-            empty(count),
-            empty(2, count * image),
-            *[empty(count * used)] * 2,
-            prompt_width,
-        )
 
-    images = batch(prompt + TURN + long + 1, long + 1, prompt, image)
-    return TrainingBatch(
-        torch.empty(count, 3, 336, 336, device="meta"),
-        images,
-        batch(text, 0, text, 0),
-        empty(count),
+def meta_sequences(count: int, prefix: int, image: int, question: int, caption: int) -> Batch:
+    """`count` sequences of prefix (with its image tokens), question and caption tokens."""
+    input_ids = torch.empty(count, prefix + question + caption, dtype=torch.long)
+    one_each = torch.empty(count, dtype=torch.long)
+    image_token_index = torch.empty(2, count * image, dtype=torch.long)
+    captions = torch.empty(count * caption, dtype=torch.long)
+    spans = (one_each, one_each, image_token_index, captions, captions)
+    return Batch(input_ids, *spans, prefix_width=prefix, position_ids=None)
+
+
+def step_flops(model: VladVA, micro_batches: list[TrainingBatch], config: TrainConfig) -> int:
+    """Operations of one step, counted by torch; it counts what the causal mask skips as well."""
+    model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
+    with FlopCounterMode(display=False) as counter:
+        backward(model, micro_batches, config.gradient_caching)
+    return counter.get_total_flops()
+
+
+def activation_bytes(config: DecoderConfig, num_tokens: int, checkpointing: bool, itemsize: int):
+    """The most memory that the decoder's graph of `num_tokens` tokens takes before it is gone.
+
+    In numbers a token: a block keeps 12 D + 4 I (I: width of its MLP), or its input of D if it is
+    recomputed; the block whose gradient is being computed takes 12 D + 6 I.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    kept = width if checkpointing else 12 * width + 4 * inner
+    numbers = config.num_hidden_layers * kept + 12 * width + 6 * inner
+    return numbers * num_tokens * itemsize
+
+
+def step_bytes(model: VladVA, batch: TrainingBatch, config: TrainConfig) -> dict[str, int]:
+    """Memory of a step with gradient caching whose largest micro-batch is `batch`, by purpose."""
+    decoder, itemsize = model.lvlm.config.decoder, model.lvlm.dtype.itemsize
+    graph = (batch.num_tokens, config.gradient_checkpointing, itemsize)
+    rows = min(HEAD_CHUNK, len(batch.caption_targets))
+    return {
+        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        "adapter": 4 * sum(p.nbytes for p in model.trained_parameters().values()),
+        "activations": activation_bytes(decoder, *graph),
+        # they and their gradient, in the model's dtype; they, softmax and gradient in float32
+        "logits": (2 * itemsize + 3 * 4) * decoder.vocab_size * rows,
+    }
+
+
+def largest_micro_batch(model: VladVA, memory: float, config: TrainConfig) -> int:
+    """Pairs with the longest captions that fit together into a card's memory, at most 256."""
+    for count in range(1, 257):
+        needed = step_bytes(model, meta_batch(model, count, LONGEST), config)
+        if sum(needed.values()) > memory * USABLE:
+            return count - 1
+    return 256
+
+
+def size_rows(model: VladVA) -> dict[str, str]:
+    """{what: how much} of a model."""
+    mean, longest = meta_batch(model, 1, LONG), meta_batch(model, 1, LONGEST)
+    needed = step_bytes(
+        model, meta_batch(model, CUDA_DEFAULT.micro_batch_size, LONGEST), CUDA_DEFAULT
     )
+    rows = {
+        "frozen weights, bfloat16": gigabytes(needed["weights"]),
+        "trained parameters": f"{sum(p.numel() for p in model.trained_parameters().values()):,}",
+        "they, their gradients and AdamW's moments, float32": gigabytes(needed["adapter"]),
+        f"logits of {HEAD_CHUNK:,} tokens": gigabytes(needed["logits"]),
+    }
+    graphs = {
+        f"graph of a pair, long caption of {LONG} tokens": (mean, ALL_KEPT),
+        f"... of {LONGEST} tokens": (longest, ALL_KEPT),
+        f"... of {LONGEST} tokens, gradient checkpointing": (longest, CUDA_DEFAULT),
+    }
+    for label, (batch, config) in graphs.items():
+        rows[label] = gigabytes(step_bytes(model, batch, config)["activations"])
+    steps = {
+        "arithmetic of a pair": replace(ALL_KEPT, gradient_caching=False),
+        "... with gradient checkpointing and caching": CUDA_DEFAULT,
+    }
+    for label, config in steps.items():
+        flops = step_flops(model, [mean], config)
+        rows[label] = f"{flops / 1e12:.1f} TFLOP"
+    rows["8.1 million of these, at 100 TFLOPS"] = f"{8.1e6 * flops / 100e12 / 86400:.0f} days"
+    return rows
 
 
-def plan():
-    """Lines of Markdown: arithmetic a pair, memory, and what fits where."""
-    lines = ["| | 7B | 13B |", "|---|---|---|"]
-    models = {size: meta_model(size) for size in HUB_CONFIGS}
-    base = train.TrainConfig(checkpointing=False, grad_cache=False)
-    recomputed = train.TrainConfig(checkpointing=True, grad_cache=True)
-    one = {size: [shaped_batch(model, 1)] for size, model in models.items()}
-    longest = {size: [shaped_batch(model, 1, long=LONGEST)] for size, model in models.items()}
-    row = lambda label, value: lines.append(
-        f"| {label} | " + " | ".join(value(size) for size in models) + " |"
-    )
-    in_bytes = lambda parts, config, key: (
-        lambda size: f"{step_bytes(models[size], parts[size], config)[key] / 1e9:.2f} GB"
-    )
-    row("frozen weights, bfloat16", in_bytes(one, base, "weights"))
-    row("trained parameters", lambda size: f"{sum(p.numel() for _, p in models[size].trained()):,}")
-    row("they, their gradients and AdamW's moments, float32", in_bytes(one, base, "adapter"))
-    row(f"activations of a pair, long caption of {LONG} tokens", in_bytes(one, base, "activations"))
-    row(f"... of {LONGEST} tokens", in_bytes(longest, base, "activations"))
-    row(f"... of {LONGEST} tokens, `--checkpointing`", in_bytes(longest, recomputed, "activations"))
-    row("logits", in_bytes(longest, base, "logits"))
-    flops = lambda config: (
-        lambda size: f"{sum(train.step_flops(models[size], one[size], config)) / 1e12:.1f} TFLOP"
-    )
-    row("arithmetic of a pair", flops(base))
-    row(
-        "... with `--checkpointing`", flops(train.TrainConfig(checkpointing=True, grad_cache=False))
-    )
-    row("... with `--checkpointing --grad-cache`", flops(recomputed))
-    lines += [
-        "",
-        "| | machine | pairs that fit in a micro-batch | a step of 1,024 pairs | 8.1 million pairs |",
-        "|---|---|---|---|---|",
-    ]
-    for size, model in models.items():
-        for machine, memory, count, rate in MACHINES:
-            held = step_bytes(model, longest[size], recomputed)
-            room = 0.95 * memory - held["weights"] - held["adapter"] - held["logits"]
-            fitting = 0 if room < held["activations"] else next(
-                n for n in range(256, 0, -1) if step_bytes(model, [shaped_batch(model, n, long=LONGEST)], recomputed)["activations"] < room
-            )  # fmt: skip
-            seconds = (
-                PAPER_BATCH
-                * sum(train.step_flops(model, one[size], recomputed))
-                / (count * rate * SHARE)
-            )
-            days = seconds * PAPER_PAIRS / PAPER_BATCH / 86400
-            times = f"{seconds:.0f} s | {days:.0f} days" if fitting else "- | -"
-            fits = (
-                f"{fitting}{' or more' * (fitting == 256)}"
-                if fitting
-                else f"none: {held['weights'] / 1e9:.1f} GB of weights"
-            )
-            lines.append(f"| {size.upper()} | {machine} | {fits} | {times} |")
-    return lines
+def card_row(model: VladVA, memory: float) -> list[str]:
+    """Room beside the default micro-batch; the largest with and without checkpointing."""
+    batch = meta_batch(model, CUDA_DEFAULT.micro_batch_size, LONGEST)
+    needed = sum(step_bytes(model, batch, CUDA_DEFAULT).values())
+    room = gigabytes(memory - needed) if needed < memory else f"none: {gigabytes(needed)} needed"
+    largest = [largest_micro_batch(model, memory, config) for config in (CUDA_DEFAULT, ALL_KEPT)]
+    return [room, *(str(count or "none") for count in largest)]
 
 
-SMALL = {  # name: (vision, text) sizes of a random folder
-    "8 x 512": {},
-    "4 x 1024": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4},
-    "16 x 256": {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
-}
+def plan() -> str:
+    """The tables, in Markdown."""
+    columns, cards = {}, []
+    for name, decoder in DECODERS.items():
+        model = meta_model(decoder)
+        columns[name] = size_rows(model)
+        for card, memory in CARDS.items():
+            cards.append([name, card, *card_row(model, memory)])
+    sizes = [[label, *(columns[name][label] for name in columns)] for label in columns["7B"]]
+    header = ("", "card", "room beside a micro-batch of 8", "largest", "without checkpointing")
+    return markdown([["", *columns], *sizes]) + "\n\n" + markdown([header, *cards])
 
 
-def one_step(folder, checkpointing, grad_cache):
-    """One step on 8 pairs in micro-batches of 2 in this process: what the program takes, what step_bytes says, and the peak."""
-    config = train.TrainConfig(
-        lr=1e-4,
-        soft_prompt_lr=1e-4,
-        temperature_lr=1e-4,
-        checkpointing=checkpointing,
-        grad_cache=grad_cache,
-    )
-    train.return_freed_memory()
-    torch.randn(512, 512) @ torch.randn(512, 512)  # so that the libraries are there
-    program = peak()
-    model = VladVA.from_pretrained(folder)
-    model.attach()
-    train.prepare_blocks(model.lvlm.decoder, config)
-    drawn = sorted(rows(8), key=lambda row: len(row["long"]))
-    parts = [model.training_batch(drawn[i : i + 2]) for i in range(0, 8, 2)]
-    train.optimisation_step(model, parts, train.make_optimizer(model, config), config)
-    print(json.dumps({"program": program, "peak": peak()} | step_bytes(model, parts, config)))
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
-def check():
-    """Lines of Markdown: predicted and measured peaks of small models."""
-    lines = [
-        "| decoder | | from the shapes | measured | measured / shapes |",
-        "|---|---|---|---|---|",
-    ]
-    for name, text in SMALL.items():
-        with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), text)
-            for flags in ((0, 0), (1, 0), (0, 1), (1, 1)):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "extras.plan",
-                    "--folder",
-                    folder,
-                    "--checkpointing",
-                    str(flags[0]),
-                    "--grad-cache",
-                    str(flags[1]),
-                ]
-                found = json.loads(
-                    subprocess.run(
-                        command, capture_output=True, text=True, check=True, cwd=ROOT
-                    ).stdout.splitlines()[-1]
-                )
-                measured, program = found.pop("peak"), found.pop("program")
-                predicted, above = sum(found.values()), measured - program
-                label = (
-                    " ".join(
-                        f for f, on in zip(("`--checkpointing`", "`--grad-cache`"), flags) if on
-                    )
-                    or "neither"
-                )
-                lines.append(
-                    f"| {name} | {label} | {predicted / 1e9:.2f} GB | {above / 1e9:.2f} GB | {above / predicted:.2f} |"
-                )
-                print(lines[-1], flush=True)
-    return lines
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m extras.plan")
-    parser.add_argument("--only-plan", action="store_true")
-    parser.add_argument("--folder")
-    parser.add_argument("--checkpointing", type=int)
-    parser.add_argument("--grad-cache", type=int)
-    args = parser.parse_args()
-    if args.folder:
-        return one_step(args.folder, bool(args.checkpointing), bool(args.grad_cache))
-    page = ROOT / "docs" / "scaling.md"
-    for name, lines in {"plan": plan(), **({} if args.only_plan else {"check": check()})}.items():
-        print("\n".join(lines))
-        before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end of {name} -->")
-        page.write_text(before + mark + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
+@data.command
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m extras.plan", description=__doc__).parse_args(argv)
+    tables = plan()
+    print(tables)
+    before, start, rest = PAGE.read_text(encoding="utf-8").partition("<!-- plan -->\n")
+    _, end, after = rest.partition("\n<!-- end of plan -->")
+    PAGE.write_text(before + start + tables + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
