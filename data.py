@@ -7,15 +7,12 @@ Training pairs are JSON lines, one image per line, paths relative to the file:
 A row without `long` adds to the contrastive loss only, one without `short` to the next-token loss
 only. A caption that a model wrote may say so: "generated": {"long": {"model": ..., "prompt": ...}}.
 
-Not here: prompts and losses (vladva.py), benchmark files (eval.py), public caption files
-(extras/captions.py), the rendered scenes of the embedded default (extras/scenes.py).
+Not here: prompts, losses (vladva.py), benchmarks (eval.py), public caption files, scenes (extras/).
 """
 
 import argparse
-import dataclasses
 import functools
 import json
-import math
 import os
 import random
 import re
@@ -23,21 +20,20 @@ import struct
 import sys
 import typing
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import DTYPES, LVLMConfig, check_supported, read_json, shard_files
@@ -62,19 +58,20 @@ def model_folder(name: str | Path) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise ValueError(f"no model {repo!r}: give {', '.join(MODELS)}, a hub id or a folder")
     files = ["*.safetensors", "*.json"]  # no pickles
+    # the cache first, without the network; what an interrupted download left does not count
     try:
         folder = Path(snapshot_download(repo, allow_patterns=files, local_files_only=True))
         if (folder / "config.json").exists() and shard_files(folder):
             return folder
-    except (LocalEntryNotFoundError, HFValidationError, ValueError):
-        pass  # not in the cache, or not all of it
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    # the hub, which fetches only what the cache lacks
     say(f"{repo} is not whole in {constants.HF_HUB_CACHE}: fetching it from {constants.ENDPOINT}")
     try:
         return Path(snapshot_download(repo, allow_patterns=files))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip()[:150]}"
-        hint = "with the files on this disk: --model FOLDER"
-        raise ValueError(f"{repo} could not be fetched ({reason}); {hint}") from None
+    except (OSError, ValueError) as error:  # the hub's are among them
+        problem = f"{repo} could not be fetched ({error!r:.200})"
+        raise ValueError(f"{problem}; with its files on this disk: --model FOLDER") from None
 
 
 class Tokenizer:
@@ -87,35 +84,32 @@ class Tokenizer:
         self.encode = self.inner.encode  # text -> .ids, and .offsets in characters
         self.decode = self.inner.decode  # ids -> text without special tokens
         self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
+        # any of them in a caption would end a turn, or stand for an image that is not there
         added = self.inner.get_added_tokens_decoder().values()
         self.special_tokens = sorted(token.content for token in added if token.special)
+        # a tokenizer of another model would give ids that mean something else, and no error
         ids = self.encode("a").ids
         bos = config.bos_token_id
-        problems = {
-            f"no {config.image_token} at id {config.image_token_id}":
-                self.inner.id_to_token(config.image_token_id) != config.image_token,
-            f"no token at id {config.eos_token_id}, the end of a text":
-                self.inner.id_to_token(config.eos_token_id) is None,
-            f"not one token {bos} at the beginning of a text":
-                bos is not None and (ids[0] != bos or ids.count(bos) != 1),
-            f"ids beyond the {config.decoder.vocab_size} embeddings":
-                max(self.inner.get_vocab().values()) >= config.decoder.vocab_size,
-        }  # fmt: skip
-        for problem, found in problems.items():
-            if found:
-                raise ValueError(f"{path} does not belong to config.json: {problem}")
+        problem = None
+        if self.inner.id_to_token(config.image_token_id) != config.image_token:
+            problem = f"no {config.image_token} at id {config.image_token_id}"
+        elif self.inner.id_to_token(config.eos_token_id) is None:
+            problem = f"no token at id {config.eos_token_id}, the end of a text"
+        elif bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+            problem = f"not one token {bos} at the beginning of a text"
+        elif max(self.inner.get_vocab().values()) >= config.decoder.vocab_size:
+            problem = f"ids beyond the {config.decoder.vocab_size} embeddings"
+        if problem:
+            raise ValueError(f"{path} does not belong to config.json: {problem}")
 
     def validate_text(self, text: str) -> str:
-        """The text without spaces at its ends; ValueError when it is empty or would end a turn."""
+        """The text without spaces at its ends; ValueError: empty, or with a special token."""
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"empty text {text!r}: a caption or prompt needs words")
         for token in self.special_tokens:
             if token in text:
                 raise ValueError(f"text holds the special token {token!r}: {text[:60]!r}")
         return text.strip()
-
-
-# ----------------------------------------------------------------- templates as token sequences
 
 
 @dataclass(frozen=True)
@@ -142,35 +136,33 @@ def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, i
 
 
 def find_spans(offsets, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
-    """(prompt_start, prompt_length, summary_index) in a tokenised text that begins with `prefix`.
-
-    offsets: first and last character of each token. Tokens are found by their characters in one
-    tokenisation of the whole: tokenising the parts apart gives other ids, because a tokenizer may
-    join characters across their borders.
-    """
+    """(prompt_start, prompt_length, summary_index); offsets: (first, last) character per token."""
+    # by characters in one tokenisation of the whole: the parts tokenised apart give other ids,
+    # because a tokenizer may join characters across their borders
     prompt_tokens = []
     summary_index = 0
     for index, (start, end) in enumerate(offsets):
         if start < prompt_char + len(prompt) and end > prompt_char:
             prompt_tokens.append(index)
+        # the summary token is the last that is not empty
         if start < end <= len(prefix):
             summary_index = index
         assert not start < len(prefix) < end, "a token reaches across the end of the prefix"
     return prompt_tokens[0], len(prompt_tokens), summary_index
 
 
-def tensors_to(batch, device):
-    """A copy of a dataclass with everything that can move on a device."""
-    moved = {}
-    for f in dataclasses.fields(batch):
-        value = getattr(batch, f.name)
-        moved[f.name] = value.to(device) if hasattr(value, "to") else value
-    return type(batch)(**moved)
+class Movable:
+    # a frozen dataclass cannot change in place: a copy, with all that can move on the device
+    def to(self, device):
+        moved = {}
+        for name, value in vars(self).items():
+            moved[name] = value.to(device) if hasattr(value, "to") else value
+        return type(self)(**moved)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Right-padded sequences as tensors, made on the host: nothing later asks the device for sizes."""
+class Batch(Movable):
+    """Right-padded sequences, made on the host: nothing later asks the device for sizes."""
 
     input_ids: Tensor  # (B, T)
     prompt_start: Tensor  # (B,)
@@ -181,80 +173,77 @@ class Batch:
     prefix_width: int  # tokens up to the last summary token
     position_ids: Tensor | None  # (3, B, T) rotary positions; None: 0 .. T - 1
 
-    to = tensors_to
-
     def prefixes(self) -> "Batch":
         """The sequences cut after their summary tokens: all that the embeddings depend on."""
-        position_ids = self.position_ids
-        if position_ids is not None:
-            position_ids = position_ids[..., : self.prefix_width]
+        width = self.prefix_width
         return replace(
             self,
-            input_ids=self.input_ids[:, : self.prefix_width],
+            input_ids=self.input_ids[:, :width],
             caption_index=self.caption_index[:0],
             caption_targets=self.caption_targets[:0],
-            position_ids=position_ids,
+            position_ids=None if self.position_ids is None else self.position_ids[..., :width],
         )
 
 
 def collate(sequences: list[TokenSequence], pad_token_id: int, image_token_id: int) -> Batch:
     """Pad sequences on the right, where causal attention never lets a real token see it."""
-    width = max(len(sequence.input_ids) for sequence in sequences)
-    padded, caption_index, caption_targets, position_ids = [], [], [], []
+    ids = [torch.tensor(sequence.input_ids) for sequence in sequences]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)  # (B, T)
+    width = input_ids.shape[1]
+    # the state at t - 1 predicts the caption token at t
+    caption_index = []
     for row, sequence in enumerate(sequences):
-        ids = sequence.input_ids
-        padded.append(ids + [pad_token_id] * (width - len(ids)))
         if sequence.caption_start is not None:
-            # the state at t - 1 predicts the token at t
-            first, end = sequence.caption_start - 1, len(ids) - 1
-            caption_index += range(row * width + first, row * width + end)
-            caption_targets += ids[sequence.caption_start :]
-        if sequence.position_ids is not None:
-            position_ids.append(F.pad(sequence.position_ids, (0, width - len(ids))))
-    input_ids = torch.tensor(padded)
+            end = len(sequence.input_ids)
+            caption_index += range(row * width + sequence.caption_start - 1, row * width + end - 1)
+    caption_index = torch.tensor(caption_index, dtype=torch.long)  # (M,)
+    # images have rotary positions in some architectures, texts never
+    position_ids = None
+    if sequences[0].position_ids is not None:
+        ids = [sequence.position_ids.T for sequence in sequences]  # B times (T, 3)
+        position_ids = pad_sequence(ids, batch_first=True).permute(2, 0, 1)  # (3, B, T)
     return Batch(
         input_ids=input_ids,
         prompt_start=torch.tensor([sequence.prompt_start for sequence in sequences]),
         summary_index=torch.tensor([sequence.summary_index for sequence in sequences]),
         image_token_index=(input_ids == image_token_id).nonzero().T,
-        caption_index=torch.tensor(caption_index, dtype=torch.long),
-        caption_targets=torch.tensor(caption_targets, dtype=torch.long),
+        caption_index=caption_index,
+        caption_targets=input_ids.flatten()[caption_index + 1],
         prefix_width=max(sequence.summary_index for sequence in sequences) + 1,
-        position_ids=torch.stack(position_ids, dim=1) if position_ids else None,
+        position_ids=position_ids,
     )
 
 
 @dataclass(frozen=True)
-class TrainingBatch:
-    """Rows, tokenised: images with their long captions, short captions, further texts."""
+class TrainingBatch(Movable):
+    """Rows of a micro-batch, tokenised."""
 
     pixels: Tensor | None  # of B images, as the architecture stacks them
-    images: Batch | None  # B sequences
+    images: Batch | None  # B sequences, with the long captions
     texts: Batch | None  # a sequence for each short caption
     image_of_text: Tensor  # (S,) row in `images` of each row of `texts`
     further_texts: Batch | None  # E sequences, for losses that take "texts"
 
-    to = tensors_to
-
     def prefixes(self) -> "TrainingBatch":
-        """The same rows without their long captions."""
         return replace(self, images=self.images and self.images.prefixes())
 
     @property
-    def caption_targets(self) -> Tensor:
-        """(M,) every token of the long captions."""
+    def caption_targets(self) -> Tensor:  # (M,)
         return self.images.caption_targets if self.images else self.image_of_text[:0]
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences, padding included."""
-        batches = (self.images, self.texts, self.further_texts)
-        return sum(batch.input_ids.numel() for batch in batches if batch)
+    def num_tokens(self) -> int:  # with the padding
+        batches = filter(None, (self.images, self.texts, self.further_texts))
+        return sum(batch.input_ids.numel() for batch in batches)
 
 
 # -------------------------------------------------------------------------------------- images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+# what Pillow raises while it opens, decodes, turns or converts a file
+PILLOW_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, EOFError)
+PILLOW_ERRORS += (ArithmeticError, RuntimeError, MemoryError, Image.DecompressionBombError)
+PILLOW_ERRORS += (struct.error, zlib.error)
 
 
 def names_image(argument: str) -> bool:
@@ -263,27 +252,17 @@ def names_image(argument: str) -> bool:
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or a PIL image of any mode -> RGB image, upright (EXIF); ValueError names a bad file."""
-    if isinstance(source, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(source))
-    if not os.path.isfile(source):
-        raise ValueError(f"{source}: no such image file")
-    try:
-        with Image.open(source) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except PILLOW_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source}: cannot be decoded as an image ({reason})") from None
-
-
-# what Pillow raises while it opens, decodes, turns or converts a file
-PILLOW_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, EOFError)
-PILLOW_ERRORS += (ArithmeticError, RuntimeError, MemoryError, Image.DecompressionBombError)
-PILLOW_ERRORS += (struct.error, zlib.error)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGB; 16-bit greys keep their upper 8 bits, which Pillow would clip to white."""
+    """A path or a PIL image of any mode -> RGB, upright (EXIF); ValueError names a bad file."""
+    if not isinstance(source, Image.Image):
+        if not os.path.isfile(source):
+            raise ValueError(f"{source}: no such image file")
+        try:
+            with Image.open(source) as image:
+                return open_image(image)
+        except PILLOW_ERRORS as error:
+            raise ValueError(f"{source}: cannot be decoded as an image ({error!r})") from None
+    image = ImageOps.exif_transpose(source)
+    # Pillow would clip 16-bit greys to white: they keep their upper 8 bits
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
         values = values / 256 if values.max() > 255 else values
@@ -291,29 +270,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image centred on a square of one colour, as the original LLaVA-1.5 does."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
-    """(file, preprocessing settings) of a model folder; transformers 5 writes the second file."""
+    """(file, its preprocessing settings) of a model folder."""
     path = Path(folder) / "preprocessor_config.json"
     newer = Path(folder) / "processor_config.json"
     if path.exists() or not newer.exists():
         return path, read_json(path)
-    return newer, read_json(newer).get("image_processor")
+    # transformers 5 writes the settings into the file that older ones have beside them
+    settings = read_json(newer).get("image_processor")
+    if settings is None:
+        raise ValueError(f"{path} is missing and {newer} holds no image_processor: one is needed")
+    return newer, settings
 
 
 class ImageProcessor:
-    """CLIP's preprocessing, as LLaVA-1.5's preprocessor_config.json asks for it.
-
-    vladva_config.image_mode "crop": shortest edge to the tower's side, then its centre; "pad":
-    first padded to a square with the mean colour, so that nothing is cut off.
-    """
+    """CLIP's preprocessing: shortest edge to the tower's side, then the centre; or "pad" first."""
 
     def __init__(self, folder: str | Path, lvlm_config: LVLMConfig, vladva_config):
         path, settings = read_image_settings(folder)
@@ -323,8 +294,6 @@ class ImageProcessor:
         supported |= {"rescale_factor": (1 / 255,), "do_resize": (True,), "do_rescale": (True,)}
         supported |= {"do_center_crop": (True,), "do_normalize": (True,)}
         check_supported(settings, supported, str(path))
-        if vladva_config.image_mode not in ("crop", "pad"):
-            raise ValueError(f"image mode is {vladva_config.image_mode!r}: wanted 'crop' or 'pad'")
         if vladva_config.min_pixels or vladva_config.max_pixels:
             raise ValueError(f"LLaVA-1.5 takes images of {side} x {side}: no pixel budget to set")
         self.mode = vladva_config.image_mode
@@ -334,17 +303,20 @@ class ImageProcessor:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image -> the (side, side) image that the vision tower sees."""
+        # "pad": nothing is cut off; in the mean colour, as the original LLaVA-1.5 does
         if self.mode == "pad":
-            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.mean))
-        short, long = sorted(image.size)
-        edges = (self.side, int(self.side * long / short))
-        size = edges if image.width <= image.height else edges[::-1]
-        left, top = (size[0] - self.side) // 2, (size[1] - self.side) // 2
-        image = image.resize(size, Image.Resampling.BICUBIC)
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        # resize, keeping the shape, and cut out the centre
+        shortest = min(image.size)
+        width, height = (self.side * edge // shortest for edge in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
         return image.crop((left, top, left + self.side, top + self.side))
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """RGB image -> (3, side, side) float32, normalised."""
+    def __call__(self, image: Image.Image) -> Tensor:  # (3, side, side)
         return normalize_pixels(self.fit(image), self.mean, self.std)
 
 
@@ -357,23 +329,20 @@ def normalize_pixels(image: Image.Image, mean: np.ndarray, std: np.ndarray) -> T
 # ------------------------------------------------------------------------------- caption pairs
 
 MAX_CAPTION_TOKENS = {"short": 29, "long": 500}  # paper Sec. 3.2: under 30; 30 to 500
-MIN_LONG_TOKENS = 30
+MIN_CAPTION_TOKENS = {"short": 1, "long": 30}
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)""")
 
 
 def truncate_caption(text: str, side: str, tokenizer: Tokenizer) -> str:
-    """The caption, or its beginning where it has more tokens than MAX_CAPTION_TOKENS[side].
-
-    It then ends with the last sentence that fits, or else with the last word. ValueError when the
-    tokenizer refuses it.
-    """
-    encoding = tokenizer.inner.encode(tokenizer.validate_text(text), add_special_tokens=False)
+    """A caption over MAX_CAPTION_TOKENS[side], cut after a sentence, or else after a word."""
+    encoding = tokenizer.encode(tokenizer.validate_text(text), add_special_tokens=False)
     limit = MAX_CAPTION_TOKENS[side]
     if len(encoding) <= limit:
         return text
-    shortest = MIN_LONG_TOKENS if side == "long" else 1
-    least = encoding.offsets[shortest - 1][1]  # in characters
+    # where it may end, in characters; two tokens can share one
+    least = encoding.offsets[MIN_CAPTION_TOKENS[side] - 1][1]
     most = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0])
+    # the last sentence that fits, else the last word, else in the middle of a word
     sentence_ends = [m.end() for m in SENTENCE_END.finditer(text) if least <= m.end() <= most]
     word_ends = [m.start() for m in re.finditer(r"\s+", text[: most + 1]) if m.start() > 0]
     return text[: [most, *word_ends, *sentence_ends][-1]]
@@ -384,10 +353,7 @@ class BadRow(ValueError):
 
 
 def parse_row(line: str, where: str) -> dict:
-    """One JSON line -> {"image": str, "short": [captions], "long": caption or None, "generated": {}}.
-
-    Raises BadRow when it is no such row.
-    """
+    """A JSON line -> its dict, where "short" is a list, "long" may be None, "generated" a dict."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -395,21 +361,26 @@ def parse_row(line: str, where: str) -> dict:
     wanted = '{"image": "path", "short": caption or captions, "long": caption}'
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise BadRow(f"{where}: wanted {wanted}, got {line.strip()[:80]}")
+    # a misspelled key would silently cost all its captions
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
     if unknown:
         raise BadRow(f"{where}: unknown keys {unknown}, wanted {wanted}")
-    short, long, generated = (row.get(key) for key in ("short", "long", "generated"))
-    short = [short] if isinstance(short, str) else short or []
-    captions = [*short, *([] if long is None else [long])] if isinstance(short, list) else [None]
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise BadRow(f"{where}: an empty caption, or something else: leave the key out instead")
-    if not isinstance(generated or {}, dict):
+    # null means absent, one short caption is a list of one
+    short, long = row.get("short"), row.get("long")
+    if not isinstance(short, list):
+        short = [] if short is None else [short]
+    for caption in short if long is None else [*short, long]:
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadRow(f"{where}: empty caption or no text, {caption!r}: leave its key out")
+    generated = row.get("generated") or {}
+    if not isinstance(generated, dict):
         raise BadRow(f"{where}: generated is {generated!r}, wanted an object")
-    return {"image": row["image"], "short": short, "long": long, "generated": generated or {}}
+    return {"image": row["image"], "short": short, "long": long, "generated": generated}
 
 
 def line_starts(path: Path, chunk: int = 1 << 22) -> np.ndarray:
-    """Byte at which each line begins, and the end of the file: (lines + 1,) integers."""
+    """Byte at which each line begins, and the end of the file: (lines + 1,)."""
+    # in chunks: 8 million lines are too many for a Python loop, and for memory at once
     starts = [np.zeros(1, dtype=np.int64)]
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -421,10 +392,7 @@ def line_starts(path: Path, chunk: int = 1 << 22) -> np.ndarray:
 
 
 class Pairs:
-    """The rows of a pairs file, read from the disk when they are asked for.
-
-    What is held in memory are 16 bytes a row: where its line begins, and its number.
-    """
+    """The rows of a pairs file, read from the disk one by one: 16 bytes of a row are in memory."""
 
     group_size = 1  # neighbouring rows that share a batch
 
@@ -450,16 +418,13 @@ class Pairs:
         if not row["short"] and row["long"] is None:
             raise BadRow(f"{where}: neither a short nor a long caption")
         try:
-            short = [truncate_caption(text, "short", self.tokenizer) for text in row["short"]]
-            long = row["long"] and truncate_caption(row["long"], "long", self.tokenizer)
+            tokenizer = self.tokenizer
+            row["short"] = [truncate_caption(text, "short", tokenizer) for text in row["short"]]
+            if row["long"] is not None:
+                row["long"] = truncate_caption(row["long"], "long", tokenizer)
         except ValueError as error:
             raise BadRow(f"{where}: {error}") from None
-        return {
-            "image": self.path.parent / row["image"],
-            "short": short,
-            "long": long,
-            "where": where,
-        }
+        return row | {"image": self.path.parent / row["image"], "where": where}
 
     def row(self, index: int, rng: random.Random) -> dict:
         """Row `index`, its image opened, with one of its short captions, which rng draws."""
@@ -468,76 +433,77 @@ class Pairs:
             image = open_image(row["image"])
         except ValueError as error:
             raise BadRow(f"{row['where']}: {error}") from None
-        return row | {"image": image, "short": rng.choice(row["short"]) if row["short"] else None}
+        short = rng.choice(row["short"]) if row["short"] else None
+        return row | {"image": image, "short": short}
 
-    def hold_out(self, count: int, bad_rows: "BadRows", seed: str = "holdout") -> list[dict]:
-        """Take up to `count` random rows with a short caption out of the file's; images as paths.
-
-        No more than 20 times as many are tried: a file may have 8 million rows and no short caption.
-        """
+    def hold_out(self, count: int, bad_rows: "BadRows") -> list[dict]:
+        """Take up to `count` random rows with short captions out of the file's; images as paths."""
         rows = {}
-        order = np.random.default_rng(list(seed.encode())).permutation(len(self))[: 20 * count]
+        # a file may have 8 million rows and no short caption: not all of them are tried
+        order = np.random.default_rng(list(b"holdout")).permutation(len(self))[: 20 * count]
         for num_tried, index in enumerate(order.tolist(), start=1):
             if len(rows) == count:
                 break
+            # the image is opened too: what cannot be decoded cannot be measured
             try:
-                if self.row(index, random.Random(0))["short"]:  # opens the image as well
+                if self.row(index, random.Random(0))["short"]:
                     rows[index] = self.parse(index)
             except BadRow as error:
                 bad_rows.add([str(error)])
                 bad_rows.check(len(bad_rows.messages), num_tried)
+        # training does not see them
         self.numbers = np.delete(self.numbers, list(rows))
         return list(rows.values())
 
 
 class BadRows:
-    """The rule for rows that cannot be used: each is named once and replaced by the next that can.
-
-    More than 3 and more than 1 % of the rows seen so far are too many. `write_to` a file lists them
-    there, and takes up what an interrupted run has listed.
-    """
+    """Rows that cannot be used: named once, and replaced by the next that can."""
 
     def __init__(self):
         self.path = None
         self.messages = []
+        self.num_new = 0  # of this process alone; the other messages all processes know
 
+    # from now on, and behind those of a run that was interrupted
     def write_to(self, path: Path) -> None:
-        """Keep the list in a file from now on."""
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         new = [message for message in self.messages if message not in before]
         self.path = path
         self.messages = before + new
-        self.write(new)
+        self.num_new = 0
+        if rank_and_world_size()[0] == 0:
+            self.write(new)
 
     def add(self, messages: list[str]) -> None:
-        """Take note of what was wrong with some rows."""
-        for message in (" ".join(message.split()) for message in messages):
+        for message in messages:
+            message = " ".join(message.split())
             if message not in self.messages:
                 self.messages.append(message)
+                self.num_new += 1
                 self.write([message])
-                print(f"left out: {message}", file=sys.stderr, flush=True)
+                if self.path is not None or rank_and_world_size()[0] == 0:
+                    print(f"left out: {message}", file=sys.stderr, flush=True)
 
+    # appended, not rewritten: several processes write to one file
     def write(self, messages: list[str]) -> None:
         if self.path is not None and messages:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(f"{message}\n" for message in messages)
 
     def too_many(self, num_bad: int, rows_seen: int) -> bool:
-        """Should the run end? num_bad: how many there are, over all processes."""
         return num_bad > max(3, rows_seen / 100)
 
     def check(self, num_bad: int, rows_seen: int) -> None:
-        """ValueError when there are too many."""
         if self.too_many(num_bad, rows_seen):
             last = "".join(self.messages[-1:])
             raise ValueError(f"{num_bad} of {rows_seen} rows cannot be used; the last: {last}")
 
 
-# ------------------------------------------------------------------------- files and processes
+# -------------------------------------------------------------- files, processes, command line
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """A safetensors file that is there whole or not at all: written aside, flushed, renamed."""
+    # written aside, flushed, renamed: a kill or a full disk leaves the old file as it was
     partial = Path(f"{path}.partial")
     try:
         save_file(tensors, partial, metadata)
@@ -555,33 +521,28 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+        raise ValueError(f"--device {device} cannot be used here: {error!s:.200}") from None
     return device
 
 
 def rank_and_world_size() -> tuple[int, int]:
     """(number of this process, how many) among those that torchrun started; (0, 1) without it."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def init_distributed(device: str) -> str:
     """Join the processes that torchrun started; returns this one's device, cuda:<local rank>."""
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
-        return device
-    if torch.device(device).type != "cuda":
-        dist.init_process_group("gloo")
-        return device
-    device = f"cuda:{os.environ['LOCAL_RANK']}"
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=torch.device(device))
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if torch.device(device).type == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo")
     return device
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
     if rank_and_world_size()[1] > 1:
         dist.barrier()
 
@@ -594,22 +555,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """(the rows of all processes in rank order, index of this one's first); their counts may differ."""
+    """(rows of all processes in rank order, index of this one's first); their counts may differ."""
     rank, world_size = rank_and_world_size()
-    if world_size == 1:
+    if world_size == 1:  # nothing waits for the device
         return rows, 0
     counts = torch.zeros(world_size, dtype=torch.long, device=rows.device)
     counts[rank] = len(rows)
     counts = all_reduce_sum(counts).tolist()
-    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
-    padded = torch.cat([rows, padding])
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    parts = [part[:count] for part, count in zip(parts, counts)]
-    return torch.cat(parts), sum(counts[:rank])
-
-
-# -------------------------------------------------------------------------------- command line
+    # a sum with zeros elsewhere: all_gather would want equal counts
+    first = sum(counts[:rank])
+    gathered = rows.new_zeros(sum(counts), *rows.shape[1:])
+    gathered[first : first + len(rows)] = rows
+    return all_reduce_sum(gathered), first
 
 
 def command(main):
@@ -629,22 +586,21 @@ def command(main):
     return run
 
 
+# once, not in each process
 def say(*words) -> None:
-    """Print, in the first process only."""
     if rank_and_world_size()[0] == 0:
         print(*words, flush=True)
 
 
-def batches(items: Sequence, batch_size: int, title: str) -> Iterator[list]:
-    """The items in lists of batch_size, with a progress bar where there is more than one."""
+def batches(items: typing.Sequence, batch_size: int, title: str) -> typing.Iterator[list]:
+    """The items in lists of batch_size, with a progress bar."""
     starts = range(0, len(items), batch_size)
-    disable = None if len(starts) > 1 else True  # None: also where there is no terminal
-    for start in tqdm(starts, title, leave=False, disable=disable):
+    # no bar for a single batch, nor (None) where there is no terminal
+    for start in tqdm(starts, title, leave=False, disable=None if len(starts) > 1 else True):
         yield list(items[start : start + batch_size])
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Rows of strings as aligned text; the first column leftwards, the others rightwards."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = []
     for row in (header, *rows):
@@ -654,34 +610,34 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model --adapter --device --dtype, the same for every command that takes a model."""
-    names = ", ".join(MODELS)
-    parser.add_argument(
-        "--model", default="tiny", help=f"{names}, a folder or a hub id (default: tiny)"
-    )
+    model_help = f"{', '.join(MODELS)}, a folder or a hub id (default: tiny)"
+    parser.add_argument("--model", default="tiny", help=model_help)
     parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     dtype_help = "of the weights (default: bfloat16 on cuda, float32 on the cpu if it fits)"
     parser.add_argument("--dtype", choices=sorted(DTYPES), help=dtype_help)
 
 
-def flag(default, help: str, low: float | None = None, high: float = math.inf):
+def flag(default, help: str, low=None, high: float = float("inf"), choices=None):
     """A dataclass field that is a command-line flag too, with its help and bounds."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
+# when a config is made, not when flags are parsed: Python callers make configs too
 def check_bounds(config) -> None:
-    """ValueError for the first field of a dataclass that lies outside the bounds of its flag."""
-    for f in dataclasses.fields(config):
-        low, value = f.metadata.get("low"), getattr(config, f.name)
-        if low is not None and value is not None and not low <= value <= f.metadata["high"]:
-            name, high = f.name.replace("_", "-"), f.metadata["high"]
-            raise ValueError(f"--{name} is {value}: wanted {low} to {high}")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        name = f"--{f.name.replace('_', '-')}"
+        low, high, choices = (f.metadata.get(key) for key in ("low", "high", "choices"))
+        if None not in (value, low) and not low <= value <= high:
+            raise ValueError(f"{name} is {value}: wanted {low} to {high}")
+        if None not in (value, choices) and value not in choices:
+            raise ValueError(f"{name} is {value!r}: wanted {' or '.join(map(repr, choices))}")
 
 
+# defaults live in the dataclass alone; fields without help are for Python callers
 def add_config_flags(parser: argparse.ArgumentParser, cls) -> None:
-    """The flags of a config dataclass; one that is not used is absent from the parsed arguments."""
-    for f in dataclasses.fields(cls):
+    for f in fields(cls):
         if "help" not in f.metadata:
             continue
         name = f"--{f.name.replace('_', '-')}"

@@ -259,13 +259,11 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Phi_v: pixels (B, 3, height, width) -> patch features (B, N, C).
-
-    feature_layer: which of [embeddings, block 1, block 2, ...] they are; later blocks do not run.
-    """
+    """Phi_v: pixels (B, 3, height, width) -> patch features (B, N, C)."""
 
     def __init__(self, config: VisionConfig, feature_layer: int):
         super().__init__()
+        # of [embeddings, block 1, block 2, ...]; the blocks after it do not run
         width, patch = config.hidden_size, config.patch_size
         num_patches = (config.image_size // patch) ** 2
         num_states = config.num_hidden_layers + 1
@@ -327,12 +325,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, by layer; row b holds its token t at position t.
+    """Keys and values of the tokens so far, by layer; row b holds its token t at position t."""
 
-    Prompts are right-padded: the first generated tokens of a row overwrite its padding, which no
-    token has seen, because a query sees only positions up to its own.
-    """
-
+    # Prompts are right-padded: the first generated tokens of a row overwrite its padding, which no
+    # token has seen, because a query sees only positions up to its own.
     def __init__(self, config: DecoderConfig, batch_size: int, length: int, device, dtype):
         shape = (config.num_hidden_layers, batch_size, config.kv_heads, length, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, G, S, K)
@@ -581,10 +577,7 @@ def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
 
 
 def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> LVLM:
-    """The LVLM in a model folder, frozen, on one device in one dtype (None: see pick_dtype).
-
-    ValueError lists all keys and shapes that do not fit config.json.
-    """
+    """The LVLM in a model folder, frozen, on one device in one dtype (None: see pick_dtype)."""
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)
@@ -620,10 +613,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_dtype(num_parameters: int, device, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype that was asked for, or bfloat16 on CUDA and float32 on the CPU.
-
-    bfloat16 there too where float32 takes over half of the memory; ValueError if neither fits.
-    """
+    """The dtype that was asked for, or bfloat16 on CUDA, float32 on a CPU with room for it."""
     cuda = torch.device(device).type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
     if dtype is None:

@@ -6,9 +6,7 @@
     python train.py --out runs/mine --resume  # goes on after a stop
 
 Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, checkpoints.
-
-Not here: the losses (vladva.py), metrics (eval.py), the paper's ablation (extras/ablation.py),
-memory and time at full size (extras/plan.py).
+Not here: losses (vladva.py), metrics (eval.py), ablation.py and memory (plan.py) of extras/.
 """
 
 import argparse
@@ -26,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -34,7 +32,12 @@ import data
 from data import flag, rank_and_world_size, say
 from eval import HeldOutPairs, Measured, score_table
 from model import DTYPES, from_json, open_safetensors, read_json, write_json
-from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss
+from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
+
+EMBEDDINGS = ("image", "text", "texts")  # fields of vladva.Embeddings
+HEAD_CHUNK = 1024  # rows of logits that exist at a time
+RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
+MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
 
 
 @dataclass(frozen=True)
@@ -42,36 +45,31 @@ class TrainConfig:
     """Everything a run depends on beside VladVAConfig. None: decided when the run starts."""
 
     model: str = flag("tiny", f"{', '.join(data.MODELS)}, a folder or a hub id")
-    data: str = flag("scenes", "scenes, or a file of JSON lines")
+    data: str = flag("scenes", "scenes (rendered ones), or a file of JSON lines")
     out: str | None = flag(None, "folder that the run writes (default: runs/<model>)")
     steps: int | None = flag(None, "optimizer steps (default: 140, or one epoch if longer)", low=1)
-    epochs: float | None = flag(None, "passes over the data, instead of --steps", low=0)
+    epochs: float | None = flag(None, "passes over the data (default: as --steps says)", low=0)
     # second-hand notes on the paper: 1024
-    batch_size: int = flag(64, "pairs a step, over all processes", low=2)
-    micro_batch_size: int | None = flag(
-        None, "pairs that run together (default: 16, cuda: 8)", low=1
-    )
-    gradient_caching: bool | None = flag(
-        None, "hold one micro-batch's graph (default: large models)"
-    )
-    gradient_checkpointing: bool | None = flag(None, "recompute blocks (default: on cuda)")
+    batch_size: int = flag(64, "rows of a step, over all processes", low=2)
+    micro_batch_size: int | None = flag(None, "rows of a forward (default: 16; 8 on cuda)", low=1)
+    gradient_caching: bool | None = flag(None, "two forwards, less memory (default: large models)")
+    gradient_checkpointing: bool | None = flag(None, "recompute to save memory (default: on cuda)")
     compile: bool = flag(False, "torch.compile every decoder block")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
-    lr: float | None = flag(None, "peak, of LoRA (default: 2e-4 x 4096 / decoder width)", low=0)
-    soft_prompt_lr: float | None = flag(None, "peak, of soft prompts (default: 4 x --lr)", low=0)
+    lr: float | None = flag(None, "LoRA's peak rate (default: 2e-4 x 4096 / decoder width)", low=0)
+    soft_prompt_lr: float | None = flag(None, "soft prompts' peak rate (default: 4 x lr)", low=0)
     loss_lr: float | None = None  # of what the loss itself trains, such as log tau; None: lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
-    weight_decay: float = 0.0  # of LoRA; ours
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", low=0)  # ours
+    max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str | None = flag(None, "of frozen weights (default: bfloat16 on cuda, float32 on cpu)")
-    num_workers: int | None = flag(None, "processes that prepare batches (default: cuda: 8)", low=0)
+    dtype: str | None = flag(None, "of frozen weights (default: bfloat16 on cuda)", choices=DTYPES)
+    num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     keep_checkpoints: int = 2
     holdout: int | None = flag(None, "scenes or rows to measure on (default: up to 1000)", low=0)
-    eval_every: int | None = flag(None, "steps between measurements (default: none)", low=1)
+    eval_every: int | None = flag(None, "steps between measurements (default: at the ends)", low=1)
     num_scenes: int = 20000  # training scenes to draw from
     eval_seed: int = 2000  # of the held-out scenes; settings were chosen on those of seed 1000
 
@@ -79,24 +77,24 @@ class TrainConfig:
         data.check_bounds(self)
 
 
-# ------------------------------------------------------------------------------------- the run
-
-
 def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows=None) -> dict:
-    """Measure, adapt, measure again; returns what scores.json holds.
-
-    open_rows: (TrainConfig, VladVA, BadRows) -> (rows, held-out rows); None: what config.data names.
-    """
+    """Measure, adapt, measure again; returns what scores.json holds. open_rows: as open_data."""
+    if method.loss not in LOSSES:
+        raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
     device = data.init_distributed(data.pick_device(config.device))
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
     bad_rows = data.BadRows()
     rows, held_out = (open_rows or open_data)(config, model, bad_rows)
+    # nothing is written before all that was asked for is known to be possible
     config = resolve(config, model, rows)
     out = start_run(config, method, resume)
     bad_rows.write_to(out / "bad_rows.txt")
     before = held_out.measure(model) if len(held_out) > 1 else None
     model.attach(config.seed)
-    announce(config, model, rows)
+    trained = sum(p.numel() for p in model.trained_parameters().values())
+    total = sum(p.numel() for p in model.parameters())
+    say(f"{config.model}: {trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
+    say(f"{config.steps:,} steps of {config.batch_size} of the {len(rows):,} rows")
     adapt(model, rows, held_out, bad_rows, config)
     after = held_out.measure(model) if len(held_out) > 1 else None
     return report(out, held_out, before, after)
@@ -104,61 +102,75 @@ def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_
 
 def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainConfig) -> None:
     """The loop: one optimizer step of L = L_con + weight L_CE (paper Sec. 3.2.3) a batch."""
-    out, device = Path(config.out), model.lvlm.device
+    out = Path(config.out)
+    rank = rank_and_world_size()[0]
     prepare_blocks(model, config)
     optimizer = make_optimizer(model, config)
-    peak_lrs = [group["lr"] for group in optimizer.param_groups]
     done = load_checkpoint(out, model, optimizer)
-    metrics = open_metrics(out / "metrics.jsonl", done)
-    hide_bar = True if rank_and_world_size()[0] else None
-    bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=hide_bar)
-    began = saved = time.monotonic()
-    with stop_signals() as received, metrics, bar:
+    # a killed run may have written lines past its last checkpoint: those steps run again
+    path = Path(os.devnull) if rank else out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if done else []
+    metrics = open(path, "w", encoding="utf-8", buffering=1)
+    metrics.writelines(lines)
+    # None: no bar where there is no terminal either
+    bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=rank > 0 or None)
+    saved = time.monotonic()
+    with stoppable(out) as received, metrics, bar:
         for step, batch in enumerate(step_loader(model, rows, config, done + 1), start=done + 1):
-            # one optimizer step
-            for group, peak in zip(optimizer.param_groups, peak_lrs):
-                group["lr"] = peak * lr_scale(step, config)
-            start = time.perf_counter()
-            losses = train_step(model, batch.micro_batches, optimizer, config)
-            line = {"step": step} | {name: value.item() for name, value in losses.items()}
-            line["lr"] = optimizer.param_groups[0]["lr"]
-            line |= speed(batch.micro_batches, time.perf_counter() - start, device)
-            check_finite(line, batch.where, out)
-
-            # what is known of it
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            line = run_step(model, batch, optimizer, step, config)
+            measured = len(held_out) > 1 and step % (config.eval_every or config.steps) == 0
+            if measured and step < config.steps:
                 line["held_out"] = held_out.measure(model).scores
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
-            if step == done + 5:
-                hours = (time.monotonic() - began) / 5 * (config.steps - step) / 3600
-                say(f"about {hours:.1f} hours to go")
-
-            # what must not be lost; all processes take the same decision
+            # all processes take the same decision to stop
             bad_rows.add(batch.bad)
-            counts = torch.tensor([len(received), len(bad_rows.messages)], device=device)
-            stopped, num_bad = data.all_reduce_sum(counts).tolist()
-            too_many = bad_rows.too_many(num_bad, step * config.batch_size)
-            due = step % config.save_every == 0 or step == config.steps
+            counts = torch.tensor([len(received), bad_rows.num_new], device=model.lvlm.device)
+            stopped, num_new = data.all_reduce_sum(counts).tolist()
+            num_bad = len(bad_rows.messages) - bad_rows.num_new + num_new
+            stopped = stopped or bad_rows.too_many(num_bad, step * config.batch_size)
+            # a checkpoint comes before anything that may end the run
+            due = stopped or step % config.save_every == 0 or step == config.steps
             due = due or time.monotonic() - saved > 60 * config.save_minutes
-            if due or stopped or too_many:
+            if due and rank == 0:
                 save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
                 saved = time.monotonic()
             bad_rows.check(num_bad, step * config.batch_size)
             if stopped and step < config.steps:
                 say(f"stopped after step {step}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
-    if rank_and_world_size()[0] == 0:
+    if rank == 0:
         model.save_adapter(out)
+
+
+# Returns the line of metrics.jsonl; ValueError when the step has broken the model.
+def run_step(model: VladVA, batch: "StepBatch", optimizer, step: int, config: TrainConfig) -> dict:
+    start = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_scale(step, config)
+    losses = train_step(model, batch.micro_batches, optimizer, config)
+    line = {"step": step} | {name: value.item() for name, value in losses.items()}
+    line["lr"] = optimizer.param_groups[0]["lr"]
+    # speed and memory of this process
+    line["step_s"] = time.perf_counter() - start
+    line["tokens_per_s"] = sum(part.num_tokens for part in batch.micro_batches) / line["step_s"]
+    line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
+    if model.lvlm.device.type == "cuda":
+        line["peak_bytes"] = torch.cuda.max_memory_allocated(model.lvlm.device)
+    # here, and not later: a broken model is never saved
+    if not math.isfinite(line["loss"] + line["grad_norm"]):
+        problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
+        rows = ", ".join(batch.where[:8]) + " ..." * (len(batch.where) > 8)
+        raise ValueError(f"step {step}: {problem}; rows {rows}; lower --lr, or use --dtype float32")
+    return line
 
 
 def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> dict[str, Tensor]:
     """Gradients of one batch, clip, update. Returns 0-d tensors; nothing waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     contrastive, next_token = backward(model, micro_batches, config.gradient_caching)
-    parameters = model.trained_parameters().values()
-    grad_norm = torch.nn.utils.clip_grad_norm_(list(parameters), config.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(model.trained_parameters().values(), config.max_grad_norm)
     optimizer.step()
     loss = contrastive + model.config.next_token_weight * next_token
     losses = {"loss": loss, "contrastive": contrastive, "next_token": next_token}
@@ -168,15 +180,10 @@ def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> 
 def backward(model: VladVA, micro_batches: list[data.TrainingBatch], gradient_caching: bool):
     """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
 
-    What anyone would write is
-
-        loss = model(batch)
-        loss.backward()
-
-    and this gives that gradient, for the whole batch of all processes, from micro-batches. Eq. 1
-    needs all embeddings at once, but its gradient reaches the model through them alone, so the
-    chain rule may be cut there (gradient caching, Gao et al., 2021, arXiv 2101.06983). With
-    gradient_caching only one micro-batch holds activations at a time, and runs twice.
+    It is that of `model(batch).backward()` for the whole batch of all processes. Eq. 1 needs all
+    embeddings at once, but its gradient reaches the model through them alone, so the chain rule may
+    be cut there (gradient caching, Gao et al., 2021, arXiv 2101.06983). With gradient_caching only
+    one micro-batch holds activations at a time, and runs twice.
     """
     device = model.lvlm.device
 
@@ -193,9 +200,7 @@ def backward(model: VladVA, micro_batches: list[data.TrainingBatch], gradient_ca
     if rank_and_world_size()[1] > 1:
         num_tokens = int(data.all_reduce_sum(torch.tensor(num_tokens, device=device)))
     if not contrastive.requires_grad and not num_tokens:
-        raise ValueError(
-            "nothing to learn from in a batch: it needs 2 short captions or a long one"
-        )
+        raise ValueError("nothing to learn from in a batch: wanted 2 short captions, or a long one")
 
     # 3. each micro-batch with its graph: that gradient goes back together with Eq. 2's
     next_token = torch.zeros((), device=device)
@@ -210,35 +215,37 @@ def backward(model: VladVA, micro_batches: list[data.TrainingBatch], gradient_ca
             surrogate_loss = surrogate_loss + (getattr(emb, name) * getattr(gradient, name)).sum()
         surrogate_loss.backward()
 
-    # 4. the gradients of all processes add up
-    sum_gradients(model)
+    # 4. the gradients of all processes add up; those of the loss's parameters are whole in each
+    for name, p in model.trained_parameters().items():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if name.startswith("loss_parameters."):
+            p.grad /= rank_and_world_size()[1]
+        data.all_reduce_sum(p.grad)
     return contrastive.detach(), data.all_reduce_sum(next_token)
-
-
-EMBEDDINGS = ("image", "text", "texts")  # fields of vladva.Embeddings
-HEAD_CHUNK = 1024  # rows of logits that exist at a time
 
 
 def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor, list[Embeddings]]:
     """The embedding loss of all processes, and its gradient at each of this one's parts."""
-    leaves, everyone = {}, {}
+    leaves, whole_batch = {}, {}
     for name in EMBEDDINGS:
-        own = torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_()
-        rows, first = data.all_gather_rows(own.detach())
-        leaves[name] = own
-        everyone[name] = torch.cat([rows[:first], own, rows[first + len(own) :]])
-    loss = model.loss.function(model, Embeddings(**everyone))
+        leaf = torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_()
+        rows, first = data.all_gather_rows(leaf.detach())
+        leaves[name] = leaf
+        whole_batch[name] = torch.cat([rows[:first], leaf, rows[first + len(leaf) :]])
+    loss = model.loss.function(model, Embeddings(**whole_batch))
     if loss.requires_grad:
         loss.backward()
+    # back into the micro-batches that the rows came from
     columns = []
-    for name, own in leaves.items():
-        gradient = torch.zeros_like(own) if own.grad is None else own.grad
+    for name, leaf in leaves.items():
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         columns.append(gradient.split([len(getattr(part, name)) for part in parts]))
     return loss, [Embeddings(*gradients) for gradients in zip(*columns)]
 
 
+# (Eq. 2 of a micro-batch, its gradient at the states (M, D)): the graph is cut there as well, so
+# that logits are (HEAD_CHUNK, V) at a time.
 def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num_tokens: int):
-    """(Eq. 2 of a micro-batch, its gradient at the states (M, D)): the graph is cut there too."""
     head_weight = model.lvlm.lm_head.weight
     states = caption_states.detach().requires_grad_()
     loss = torch.zeros((), device=states.device)
@@ -250,32 +257,15 @@ def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num
     return loss, torch.zeros_like(states) if states.grad is None else states.grad
 
 
-def sum_gradients(model: VladVA) -> None:
-    """Add up the gradients of all processes; those of the loss's parameters are whole in each."""
-    world_size = rank_and_world_size()[1]
-    if world_size == 1:
-        return
-    gradients = []
-    for name, p in model.trained_parameters().items():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        gradients.append(p.grad)
-        if name.startswith("loss_parameters."):
-            p.grad /= world_size
-    flat = torch.nn.utils.parameters_to_vector(gradients)
-    torch.nn.utils.vector_to_parameters(data.all_reduce_sum(flat), gradients)
-
-
 def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate for each of the model's parameter groups."""
-    rates = {"lora": config.lr, "soft_prompts": config.soft_prompt_lr}
-    rates["loss_parameters"] = config.loss_lr
+    rates = dict(lora=config.lr, soft_prompts=config.soft_prompt_lr, loss_parameters=config.loss_lr)
     groups = []
     for name, parameters in model.parameter_groups().items():
-        weight_decay = config.weight_decay if name == "lora" else 0.0
-        group = {"params": list(parameters.values()), "lr": rates[name]}
         if parameters:
-            groups.append(group | {"weight_decay": weight_decay})
-    return torch.optim.AdamW(groups, fused=model.lvlm.device.type != "meta")
+            group = {"params": list(parameters.values()), "lr": rates[name], "peak_lr": rates[name]}
+            groups.append(group)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.lvlm.device.type != "meta")
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -294,13 +284,9 @@ def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
             block.compile()
 
 
-# ---------------------------------------------------------------------------------- data order
-
-
+# What one process works on in one step.
 @dataclass(frozen=True)
 class StepBatch:
-    """What one process works on in one step."""
-
     micro_batches: list[data.TrainingBatch]  # on the host
     where: list[str]  # names of the rows
     bad: list[str]  # what was wrong with rows that were replaced
@@ -314,33 +300,33 @@ class Steps:
     """
 
     def __init__(self, model: VladVA, rows, config: TrainConfig):
-        self.model, self.rows, self.config = model, rows, config
+        self.model = model
+        self.rows = rows
+        self.config = config
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one object a run
     def order(self, epoch: int) -> np.ndarray:
-        """Row numbers of an epoch."""
         size = self.rows.group_size
-        num_groups = -(-len(self.rows) // size)
-        first = np.random.default_rng([self.config.seed, epoch]).permutation(num_groups) * size
-        order = (first[:, None] + np.arange(size)).reshape(-1)
+        rng = np.random.default_rng([self.config.seed, epoch])
+        starts = rng.permutation(np.arange(0, len(self.rows), size))
+        order = (starts[:, None] + np.arange(size)).reshape(-1)
         return order[order < len(self.rows)]
 
+    # The caption drawn depends on the row alone, not on which rows before it were replaced.
     def usable_row(self, index: int, epoch: int, bad: list[str]) -> dict:
-        """Row `index`, or the next one that can be used."""
-        for number in range(index, index + 1000):
-            number %= len(self.rows)
+        for number in (np.arange(index, index + 1000) % len(self.rows)).tolist():
             rng = random.Random(f"caption {self.config.seed} {epoch} {number}")
             try:
                 return self.rows.row(number, rng)
             except data.BadRow as error:
                 bad.append(str(error))
-        raise ValueError(f"a thousand rows, one after another, cannot be used; the last: {bad[-1]}")
+        raise ValueError(f"1000 rows in succession cannot be used; the last: {bad[-1]}")
 
     def __getitem__(self, step: int) -> StepBatch:
         rank, world_size = rank_and_world_size()
-        batch_size = self.config.batch_size
-        epoch, place = divmod(step - 1, max(1, len(self.rows) // batch_size))
-        indices = self.order(epoch)[place * batch_size :][:batch_size].tolist()
+        size = self.config.batch_size
+        epoch, place = divmod(step - 1, max(1, len(self.rows) // size))
+        indices = self.order(epoch)[place * size :][:size].tolist()
         bad = []
         rows = [self.usable_row(index, epoch, bad) for index in indices[rank::world_size]]
         # longest first: what the shorter ones need then fits into memory that was used before
@@ -354,96 +340,10 @@ class Steps:
 
 def step_loader(model: VladVA, rows, config: TrainConfig, first_step: int) -> DataLoader:
     """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
+    workers = config.num_workers or 0
+    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
     numbers = range(first_step, config.steps + 1)
-    options = {"multiprocessing_context": "fork"} if config.num_workers else {}
-    options |= {"num_workers": config.num_workers or 0, "collate_fn": lambda batch: batch}
     return DataLoader(Steps(model, rows, config), batch_size=None, sampler=numbers, **options)
-
-
-# -------------------------------------------------------------------------------- nothing lost
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that SIGTERM and SIGINT are noted in, so that the step is finished and saved."""
-    received = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def open_metrics(path: Path, done: int):
-    """metrics.jsonl, to write on after the lines of `done` steps; the first process's alone."""
-    if rank_and_world_size()[0]:
-        return open(os.devnull, "w")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    file = open(path, "w", encoding="utf-8", buffering=1)
-    file.writelines(lines[:done])
-    return file
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; each is whole."""
-    return sorted((out / "checkpoints").glob("step-??????.safetensors"))
-
-
-def last_checkpoint(out: Path) -> str:
-    last = [f"the last checkpoint is {path}" for path in checkpoints(out)[-1:]]
-    return "".join(last) or "there is no checkpoint"
-
-
-def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
-    """Write what is trained and AdamW's state of it. No random state is needed (see Steps)."""
-    if rank_and_world_size()[0]:
-        return
-    tensors = {}
-    for name, p in model.trained_parameters().items():
-        for kind, value in {"value": p, **optimizer.state[p]}.items():
-            tensors[f"{name}.{kind}"] = value.detach().cpu().contiguous()
-    folder = out / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    try:
-        data.write_tensors(folder / f"step-{step:06d}.safetensors", tensors)
-    except OSError as error:
-        raise ValueError(f"{error}; {last_checkpoint(out)}") from None
-    for old in checkpoints(out)[:-keep]:
-        old.unlink()
-
-
-def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
-    """Put the last checkpoint of OUT into model and optimizer; returns its step, or 0."""
-    if not checkpoints(out):
-        return 0
-    path = checkpoints(out)[-1]
-    parameters = model.trained_parameters()
-    values = {}
-    with open_safetensors(path) as file:
-        for key in file.keys():
-            name, kind = key.rsplit(".", 1)
-            value = file.get_tensor(key)
-            if kind == "value":
-                values[name] = value
-            else:
-                optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
-    model.load_adapter_state(values, path)
-    return int(path.stem.removeprefix("step-"))
-
-
-def check_finite(line: dict, where: list[str], out: Path) -> None:
-    """ValueError when the loss or the gradient norm of a step is not finite; names its rows."""
-    if not math.isfinite(line["loss"] + line["grad_norm"]):
-        problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
-        rows = ", ".join(where[:8]) + " ..." * (len(where) > 8)
-        hint = f"{last_checkpoint(out)}; lower --lr, or use --dtype float32"
-        raise ValueError(f"step {line['step']}: {problem}; rows {rows}; {hint}")
-
-
-# ------------------------------------------------------------------------------- start and end
 
 
 def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows):
@@ -462,11 +362,11 @@ def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows):
 def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
-    assert model.loss  # known, before anything long begins
+    cuda = model.lvlm.device.type == "cuda"
     batch_size = min(config.batch_size, len(rows))
     if batch_size < max(2, world_size):
         raise ValueError(f"a batch of {batch_size} rows: at least {max(2, world_size)} are needed")
-    cuda = model.lvlm.device.type == "cuda"
+    # how long: a number of steps or of epochs, or what shows an effect on the scenes
     steps_per_epoch = max(1, len(rows) // batch_size)
     steps = 140 if config.data == "scenes" else max(140, steps_per_epoch)
     if config.epochs is not None:
@@ -474,7 +374,7 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
             raise ValueError("--steps and --epochs: give one of them")
         steps = max(1, round(config.epochs * steps_per_epoch))
     lr = 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size if config.lr is None else config.lr
-    defaults = {
+    settings = {
         "out": f"runs/{Path(config.model).name}",
         "steps": steps,
         "micro_batch_size": min(-(-batch_size // world_size), 8 if cuda else 16),
@@ -485,13 +385,67 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
         "loss_lr": lr,
         "num_workers": 8 if cuda else 0,
     }
-    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    unset |= {"device": str(model.lvlm.device), "dtype": str(model.lvlm.dtype).split(".")[1]}
-    return replace(config, batch_size=batch_size, epochs=None, **unset)
+    # what was asked for comes first; a run that goes on finds steps here, and no epochs
+    settings |= {name: value for name, value in vars(config).items() if value is not None}
+    settings |= {"batch_size": batch_size, "epochs": None, "device": str(model.lvlm.device)}
+    settings["dtype"] = str(model.lvlm.dtype).removeprefix("torch.")
+    return replace(config, **settings)
 
 
-RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
-MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
+# ----------------------------------------------------------------------------- a run's folder
+
+
+# Its list notes SIGTERM and SIGINT, so that the step is finished and saved before the run stops.
+# What ends the loop otherwise names the checkpoint to go on from.
+@contextlib.contextmanager
+def stoppable(out: Path):
+    received = []
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    except (ValueError, OSError) as error:
+        saved = checkpoints(out)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+        raise ValueError(f"{error}; {last}") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; all are whole."""
+    return sorted((out / "checkpoints").glob("step-??????.safetensors"))
+
+
+def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
+    """Write what is trained and AdamW's state of it. No random state is needed (see Steps)."""
+    tensors = {}
+    for name, p in model.trained_parameters().items():
+        for kind, value in {"value": p, **optimizer.state[p]}.items():
+            tensors[f"{name}.{kind}"] = value.detach().cpu().contiguous()
+    folder = out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    data.write_tensors(folder / f"step-{step:06d}.safetensors", tensors)
+    # the older ones go when this one is whole
+    for old in checkpoints(out)[:-keep]:
+        old.unlink()
+
+
+def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
+    """Put the last checkpoint of OUT into model and optimizer; returns its step, or 0."""
+    if not checkpoints(out):
+        return 0
+    path = checkpoints(out)[-1]
+    with open_safetensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    values = {key[: -len(".value")]: tensors[key] for key in tensors if key.endswith(".value")}
+    model.load_adapter_state(values, path)
+    for name, p in model.trained_parameters().items():
+        for kind in ("step", "exp_avg", "exp_avg_sq"):
+            optimizer.state[p][kind] = tensors[f"{name}.{kind}"].to(p.device)
+    return int(path.stem.removeprefix("step-"))
 
 
 def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
@@ -500,10 +454,12 @@ def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
     if not resume and any((out / name).exists() for name in RUN_FILES):
         raise ValueError(f"{out} holds another run: --resume, choose another --out, or delete it")
     data.barrier()  # all have looked before the first one writes
+    run = vars(config) | vars(method)
     if rank_and_world_size()[0] == 0 and not resume:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", vars(config) | vars(method) | {"torch": torch.__version__})
+        write_json(out / "config.json", run | {"torch": torch.__version__})
     data.barrier()
+    say("  ".join(f"{name}={value!r}" for name, value in run.items()))
     return out
 
 
@@ -523,31 +479,11 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     return configs_from_flags(run | {"device": None} | flags | {"out": out})
 
 
-def announce(config: TrainConfig, model: VladVA, rows) -> None:
-    """Say what is about to run: the counts and the resolved config."""
-    trained = sum(p.numel() for p in model.trained_parameters().values())
-    total = sum(p.numel() for p in model.parameters())
-    say(f"{config.model}: {trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
-    passes = config.steps * config.batch_size / len(rows)
-    say(f"{config.steps:,} steps of {config.batch_size} rows: {passes:.2f} times all {len(rows):,}")
-    for settings in (config, model.config):
-        say("  ".join(f"{name}={value!r}" for name, value in vars(settings).items()))
-
-
-def speed(micro_batches: list[data.TrainingBatch], seconds: float, device) -> dict:
-    """Seconds of a step, tokens per second of this process, and its peak memory in bytes."""
-    tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    return {"step_s": seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak}
-
-
 def report(out: Path, held_out, before: Measured | None, after: Measured | None) -> dict:
     """Print the table before / after; write scores.json and report.png."""
     scores = {}
-    if before is not None:
-        for name, measured in (("before", before), ("after", after)):
+    for name, measured in (("before", before), ("after", after)):
+        if measured is not None:
             scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
     if rank_and_world_size()[0] == 0 and scores:
         from extras.plots import draw_report
@@ -559,12 +495,8 @@ def report(out: Path, held_out, before: Measured | None, after: Measured | None)
     return scores
 
 
-# -------------------------------------------------------------------------------- command line
-
-
 def build_parser() -> argparse.ArgumentParser:
-    about = "Adapt an LVLM into an embedding model (VladVA)."
-    parser = argparse.ArgumentParser(prog="train.py", description=about)
+    parser = argparse.ArgumentParser("train.py", description="Adapt an LVLM to embed (VladVA).")
     data.add_config_flags(parser, TrainConfig)
     data.add_config_flags(parser, VladVAConfig)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")

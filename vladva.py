@@ -25,16 +25,7 @@ from torch import Tensor, nn
 import data
 from data import flag
 from lora import attach_lora, lora_disabled
-from model import (
-    DTYPES,
-    LVLM,
-    check_shapes,
-    from_json,
-    generate,
-    load_lvlm,
-    open_safetensors,
-    read_json,
-)
+from model import DTYPES, LVLM, check_shapes, from_json, generate, load_lvlm, open_safetensors
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -144,7 +135,7 @@ class VladVAConfig:
     temperature: float = flag(0.05, "tau of Eq. 1, 0.01 to 1", low=0.01, high=1.0)
     learn_temperature: bool = flag(False, "train tau as well")
     next_token_weight: float = flag(1.0, "weight of Eq. 2", low=0)  # the paper reads as a plain sum
-    image_mode: str = flag("crop", "crop images, or pad them to a square")  # "pad": original LLaVA
+    image_mode: str = flag("crop", "crop or pad", choices=("crop", "pad"))  # pad: original LLaVA
     min_pixels: int | None = None  # of an image, Qwen2-VL only; None: as the model's folder says
     max_pixels: int | None = None
 
@@ -191,8 +182,8 @@ class VladVA(nn.Module):
         if adapter is not None:
             tensors, config = read_adapter(adapter)
         elif config is None and (folder / "vladva.json").exists():  # extras/export.py wrote it
-            merged = read_json(folder / "vladva.json").get("config")
-            config = from_json(VladVAConfig, merged, f"{folder}/vladva.json")
+            merged = json.loads((folder / "vladva.json").read_text(encoding="utf-8"))
+            config = from_json(VladVAConfig, merged["config"], f"{folder}/vladva.json")
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype)
         tokenizer = data.Tokenizer(folder, lvlm.config)
