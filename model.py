@@ -163,7 +163,8 @@ class LVLMConfig:
         check_supported(raw.get("text_config"), SUPPORTED_TEXT, "config.json text_config")
         # transformers 5 writes rope_parameters, which there win over a rope_theta beside them
         rope = raw["text_config"].get("rope_parameters") or {}
-        check_supported(rope, {"rope_type": ("default",)}, "config.json rope_parameters")
+        plain = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)}
+        check_supported(rope, plain, "config.json rope_parameters")
         text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
         text |= {"bos_token_id": 1, "eos_token_id": 2} | raw["text_config"] | rope
         vision = raw["vision_config"]
