@@ -94,7 +94,8 @@ def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_
     trained = sum(p.numel() for p in model.trained_parameters().values())
     total = sum(p.numel() for p in model.parameters())
     say(f"{config.model}: {trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
-    say(f"{config.steps:,} steps of {config.batch_size} of the {len(rows):,} rows")
+    epochs = config.steps * config.batch_size / len(rows)
+    say(f"{config.steps:,} steps of {config.batch_size}: {epochs:.2f} epochs of {len(rows):,} rows")
     adapt(model, rows, held_out, bad_rows, config)
     after = held_out.measure(model) if len(held_out) > 1 else None
     return report(out, held_out, before, after)
@@ -114,7 +115,7 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
     metrics.writelines(lines)
     # None: no bar where there is no terminal either
     bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=rank > 0 or None)
-    saved = time.monotonic()
+    began = saved = time.monotonic()
     with stoppable(out) as received, metrics, bar:
         for step, batch in enumerate(step_loader(model, rows, config, done + 1), start=done + 1):
             line = run_step(model, batch, optimizer, step, config)
@@ -124,6 +125,9 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
+            if step == done + 5:
+                hours = (time.monotonic() - began) / 5 * (config.steps - step) / 3600
+                say(f"about {hours:.1f} hours to go")
             # all processes take the same decision to stop
             bad_rows.add(batch.bad)
             counts = torch.tensor([len(received), bad_rows.num_new], device=model.lvlm.device)
