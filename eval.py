@@ -39,7 +39,9 @@ def percent(hits: Tensor) -> float:
     return 100 * hits.double().mean().item()
 
 
-def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, block: int = 2048):
+def retrieval_ranks(
+    image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, block: int = 2048
+) -> tuple[Tensor, Tensor]:
     """Rank of each text's image (B,), and of the best text of each image (A,); 0 is the best.
 
     image_emb: (A, D); text_emb: (B, D); image_of_text: (B,) the image that each text belongs to.

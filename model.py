@@ -30,7 +30,7 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------- configuration
 
 
-def read_json(path: str | Path, kind=dict):
+def read_json(path: str | Path, kind: type = dict) -> typing.Any:
     """The JSON object (or the other kind) in a file; ValueError when it is missing or broken."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def read_json(path: str | Path, kind=dict):
 
 
 # Indented, so that people can read what a run or an export wrote.
-def write_json(path: str | Path, value) -> None:
+def write_json(path: str | Path, value: typing.Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -69,7 +69,7 @@ def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | 
 
 
 # Refuses, by its name, a field that this code would silently compute wrongly.
-def check_supported(section, supported: dict, where: str) -> None:
+def check_supported(section: dict, supported: dict, where: str) -> None:
     if not isinstance(section, dict):
         raise ValueError(f"{where} is {section!r}, wanted a JSON object")
     for key, allowed in supported.items():
@@ -201,7 +201,7 @@ class LVLMConfig:
         side = self.vision.image_size // self.vision.patch_size
         return side, side
 
-    def stack_images(self, images: list):
+    def stack_images(self, images: list) -> typing.Any:
         """Preprocessed images -> what the vision tower takes; it has a length and `.to(device)`."""
         return torch.stack(images)
 
@@ -482,7 +482,7 @@ class LVLM(nn.Module):
         """Token ids (B, T) -> decoder inputs (B, T, D)."""
         return self.decoder.embed_tokens(input_ids)
 
-    def image_features(self, pixels) -> Tensor:
+    def image_features(self, pixels: typing.Any) -> Tensor:
         """Stacked images -> image tokens g(Phi_v(x_v)), (B, N, D), or (n, D) of any sizes."""
         return self.projector(self.vision(pixels))
 
@@ -537,14 +537,14 @@ IGNORED_KEYS = ("embeddings.position_ids", "rotary_emb.inv_freq")  # recomputed;
 
 
 # Checkpoints name the same weights in several ways; none fits: the key as it is.
-def rename_key(key: str, key_patterns) -> str:
+def rename_key(key: str, key_patterns: tuple) -> str:
     for pattern, prefix in key_patterns:
         key = re.sub(pattern, prefix, key)
     return key
 
 
 # Memory-mapped: nothing is read before a tensor is asked for.
-def open_safetensors(path: Path):
+def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -577,7 +577,7 @@ def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
         raise ValueError(f"{problem}: {'; '.join(problems[:12])}{more}")
 
 
-def load_lvlm(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> LVLM:
+def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
     """The LVLM in a model folder, frozen, on one device in one dtype (None: see pick_dtype)."""
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory

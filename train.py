@@ -126,8 +126,8 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
             if step == done + 5:
-                hours = (time.monotonic() - began) / 5 * (config.steps - step) / 3600
-                say(f"about {hours:.1f} hours to go")
+                minutes = (time.monotonic() - began) / 5 * (config.steps - step) / 60
+                say(f"about {minutes:.0f} minutes to go ({minutes / 60:.1f} hours)")
             # all processes take the same decision to stop
             bad_rows.add(batch.bad)
             counts = torch.tensor([len(received), bad_rows.num_new], device=model.lvlm.device)
@@ -181,7 +181,9 @@ def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> 
     return losses | {"grad_norm": grad_norm}
 
 
-def backward(model: VladVA, micro_batches: list[data.TrainingBatch], gradient_caching: bool):
+def backward(
+    model: VladVA, micro_batches: list[data.TrainingBatch], gradient_caching: bool
+) -> tuple[Tensor, Tensor]:
     """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
 
     It is that of `model(batch).backward()` for the whole batch of all processes. Eq. 1 needs all
@@ -350,7 +352,7 @@ def step_loader(model: VladVA, rows, config: TrainConfig, first_step: int) -> Da
     return DataLoader(Steps(model, rows, config), batch_size=None, sampler=numbers, **options)
 
 
-def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows):
+def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows) -> tuple:
     """(rows to train on, what is held out) of the rendered scenes or of a pairs file."""
     if config.data == "scenes":
         from extras import scenes

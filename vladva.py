@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def similarity(image_emb: Tensor, text_emb: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- Sec. 3.2: losses
 
 
-def contrastive_loss(image_emb: Tensor, text_emb: Tensor, temperature) -> Tensor:
+def contrastive_loss(image_emb: Tensor, text_emb: Tensor, temperature: float | Tensor) -> Tensor:
     """Symmetric image-text cross-entropy (paper, Eq. 1, divided by B; the temperature is ours).
 
     image_emb, text_emb: (B, D), L2-normalised, row i of each is a pair. Returns a 0-d loss in nats;
@@ -239,7 +239,7 @@ class VladVA(nn.Module):
         return lora | soft_prompts | loss_parameters
 
     @property
-    def temperature(self):
+    def temperature(self) -> float | Tensor:
         """tau of Eq. 1: a number, or a 0-d tensor where it is learned."""
         if "log_temperature" in self.loss_parameters:
             return self.loss_parameters["log_temperature"].exp().clamp(0.01, 1.0)
@@ -385,7 +385,7 @@ class VladVA(nn.Module):
         return loss
 
     @torch.no_grad()
-    def encode_image(self, images, batch_size: int = 64) -> Tensor:
+    def encode_image(self, images: Sequence, batch_size: int = 64) -> Tensor:
         """PIL images or paths -> f_v, (B, D) float32, L2-normalised, on the model's device."""
         emb = torch.empty(len(images), self.lvlm.config.decoder.hidden_size).to(self.lvlm.device)
         with ThreadPoolExecutor() as pool:
