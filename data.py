@@ -136,7 +136,7 @@ def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, i
 
 
 def find_spans(offsets, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
-    """(prompt_start, prompt_length, summary_index); offsets: (first, last) character per token."""
+    """(prompt_start, prompt_length, summary_index); offsets: (start, end) character per token."""
     # by characters in one tokenisation of the whole: the parts tokenised apart give other ids,
     # because a tokenizer may join characters across their borders
     prompt_tokens = []
@@ -240,7 +240,6 @@ class TrainingBatch(Movable):
 # -------------------------------------------------------------------------------------- images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
-# what Pillow raises while it opens, decodes, turns or converts a file
 PILLOW_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, EOFError)
 PILLOW_ERRORS += (ArithmeticError, RuntimeError, MemoryError, Image.DecompressionBombError)
 PILLOW_ERRORS += (struct.error, zlib.error)
@@ -441,28 +440,29 @@ class Pairs:
         rows = {}
         # a file may have 8 million rows and no short caption: not all of them are tried
         order = np.random.default_rng(list(b"holdout")).permutation(len(self))[: 20 * count]
-        for num_tried, index in enumerate(order.tolist(), start=1):
+        for index in order.tolist():
             if len(rows) == count:
                 break
+            bad_rows.rows_tried += 1
             # the image is opened too: what cannot be decoded cannot be measured
             try:
                 if self.row(index, random.Random(0))["short"]:
                     rows[index] = self.parse(index)
             except BadRow as error:
                 bad_rows.add([str(error)])
-                bad_rows.check(len(bad_rows.messages), num_tried)
+                bad_rows.check(len(bad_rows.messages), 0)
         # training does not see them
         self.numbers = np.delete(self.numbers, list(rows))
         return list(rows.values())
 
 
 class BadRows:
-    """Rows that cannot be used: named once, and replaced by the next that can."""
+    """Rows that cannot be used: named once, and replaced by the file's next row that can."""
 
     def __init__(self):
-        self.path = None
-        self.messages = []
+        self.path, self.messages = None, []
         self.num_new = 0  # of this process alone; the other messages all processes know
+        self.rows_tried = 0  # by hold_out, before training
 
     # from now on, and behind those of a run that was interrupted
     def write_to(self, path: Path) -> None:
@@ -491,12 +491,12 @@ class BadRows:
                 file.writelines(f"{message}\n" for message in messages)
 
     def too_many(self, num_bad: int, rows_seen: int) -> bool:
-        return num_bad > max(3, rows_seen / 100)
+        return num_bad > max(3, (self.rows_tried + rows_seen) / 100)
 
     def check(self, num_bad: int, rows_seen: int) -> None:
         if self.too_many(num_bad, rows_seen):
-            last = "".join(self.messages[-1:])
-            raise ValueError(f"{num_bad} of {rows_seen} rows cannot be used; the last: {last}")
+            problem = f"{num_bad} of {self.rows_tried + rows_seen} rows cannot be used"
+            raise ValueError(f"{problem}; the last: {''.join(self.messages[-1:])}")
 
 
 # -------------------------------------------------------------- files, processes, command line

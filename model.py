@@ -45,8 +45,8 @@ def read_json(path: str | Path, kind: type = dict) -> typing.Any:
 
 # Indented, so that people can read what a run or an export wrote.
 def write_json(path: str | Path, value: typing.Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | None = None):
@@ -264,7 +264,6 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, feature_layer: int):
         super().__init__()
-        # of [embeddings, block 1, block 2, ...]; the blocks after it do not run
         width, patch = config.hidden_size, config.patch_size
         num_patches = (config.image_size // patch) ** 2
         num_states = config.num_hidden_layers + 1
@@ -328,13 +327,22 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens so far, by layer; row b holds its token t at position t."""
 
+    # For inputs_embeds (B, T, D), which may begin with a prefix, and `more` tokens behind them.
     # Prompts are right-padded: the first generated tokens of a row overwrite its padding, which no
     # token has seen, because a query sees only positions up to its own.
-    def __init__(self, config: DecoderConfig, batch_size: int, length: int, device, dtype):
-        shape = (config.num_hidden_layers, batch_size, config.kv_heads, length, config.head_width)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, G, S, K)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.position = None  # (B, T) of the tokens that come next; set before each forward
+    def __init__(self, config: DecoderConfig, inputs_embeds: Tensor, prefix=None, more: int = 0):
+        batch_size, width = inputs_embeds.shape[:2]
+        shape = (config.num_hidden_layers, batch_size, config.kv_heads, width + more)
+        self.keys = inputs_embeds.new_zeros(*shape, config.head_width)  # (layers, B, G, S, K)
+        self.values = torch.zeros_like(self.keys)
+        first = 0 if prefix is None else prefix.keys.shape[3]
+        if prefix is not None:
+            self.keys[:, :, :, :first] = prefix.keys
+            self.values[:, :, :, :first] = prefix.values
+        # (B, T) of the tokens that come next; moved on before each forward
+        self.position = torch.arange(first, width, device=inputs_embeds.device).expand(
+            batch_size, -1
+        )
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store k, v (B, G, T, K); returns all keys and values (B, G, S, K), and what is seen."""
@@ -410,7 +418,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary, cache=None, state_index=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
-        # after the last attention tokens do not meet again: only states that are used go on
+        # no later layer mixes tokens: the last MLP runs only for the states that are wanted
         if state_index is not None:
             x = x.flatten(0, 1).index_select(0, state_index)  # (M, D)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -464,10 +472,7 @@ class LVLM(nn.Module):
         self.projector = config.build_projector()
         self.decoder = config.build_decoder()
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        if self.config.decoder.tie_word_embeddings:
+        if config.decoder.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
     @property
@@ -498,16 +503,14 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
     the decoder's. Returns B lists of token ids, each ending before its first end-of-sequence token.
     """
     batch_size, width = inputs_embeds.shape[:2]
-    length = width + max_new_tokens
     limit = lvlm.config.decoder.max_position_embeddings
-    if max_new_tokens < 1 or length > limit:
+    if max_new_tokens < 1 or width + max_new_tokens > limit:
         raise ValueError(f"{width} + {max_new_tokens} new tokens: wanted 1 or more, {limit} in all")
     device = inputs_embeds.device
     rows = torch.arange(batch_size, device=device)
-    cache = KVCache(lvlm.config.decoder, batch_size, length, device, inputs_embeds.dtype)
+    cache = KVCache(lvlm.config.decoder, inputs_embeds, more=max_new_tokens)
 
     # the prompt at once; its last real token predicts the first new one
-    cache.position = torch.arange(width, device=device).expand(batch_size, -1)
     hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache)
     last = hidden_states[rows, lengths - 1]  # (B, D)
     next_position = lengths  # (B,) rotary position of the first new token
@@ -573,8 +576,8 @@ def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
         elif shapes[name] != wanted[name]:
             problems.append(f"{name} is {tuple(shapes[name])}, wanted {tuple(wanted[name])}")
     if problems:
-        more = f"; {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{problem}: {'; '.join(problems[:12])}{more}")
+        problem = f"{problem}: {len(problems)} tensors differ"
+        raise ValueError(f"{problem}: {'; '.join(problems[:12])}")
 
 
 def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
@@ -606,7 +609,8 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
     wanted = {name: p.shape for name, p in lvlm.state_dict().items()}
     check_shapes(shapes, wanted, f"the weights of {folder} do not fit its config.json")
     lvlm.load_state_dict(state, assign=True)
-    lvlm.tie_weights()
+    if config.decoder.tie_word_embeddings:
+        lvlm.lm_head.weight = lvlm.decoder.embed_tokens.weight
     return lvlm.requires_grad_(False).eval()
 
 

@@ -113,7 +113,6 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if done else []
     metrics = open(path, "w", encoding="utf-8", buffering=1)
     metrics.writelines(lines)
-    # None: no bar where there is no terminal either
     bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=rank > 0 or None)
     began = saved = time.monotonic()
     with stoppable(out) as received, metrics, bar:
@@ -156,7 +155,6 @@ def run_step(model: VladVA, batch: "StepBatch", optimizer, step: int, config: Tr
     losses = train_step(model, batch.micro_batches, optimizer, config)
     line = {"step": step} | {name: value.item() for name, value in losses.items()}
     line["lr"] = optimizer.param_groups[0]["lr"]
-    # speed and memory of this process
     line["step_s"] = time.perf_counter() - start
     line["tokens_per_s"] = sum(part.num_tokens for part in batch.micro_batches) / line["step_s"]
     line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
@@ -181,9 +179,7 @@ def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> 
     return losses | {"grad_norm": grad_norm}
 
 
-def backward(
-    model: VladVA, micro_batches: list[data.TrainingBatch], gradient_caching: bool
-) -> tuple[Tensor, Tensor]:
+def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tuple[Tensor, Tensor]:
     """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
 
     It is that of `model(batch).backward()` for the whole batch of all processes. Eq. 1 needs all
@@ -318,7 +314,7 @@ class Steps:
         order = (starts[:, None] + np.arange(size)).reshape(-1)
         return order[order < len(self.rows)]
 
-    # The caption drawn depends on the row alone, not on which rows before it were replaced.
+    # The caption depends on seed, epoch and row, not on which rows before it were replaced.
     def usable_row(self, index: int, epoch: int, bad: list[str]) -> dict:
         for number in (np.arange(index, index + 1000) % len(self.rows)).tolist():
             rng = random.Random(f"caption {self.config.seed} {epoch} {number}")

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import data
 from data import flag
 from lora import attach_lora, lora_disabled
-from model import DTYPES, LVLM, check_shapes, from_json, generate, load_lvlm, open_safetensors
+from model import LVLM, KVCache, check_shapes, from_json, generate, load_lvlm, open_safetensors
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -149,11 +150,6 @@ class VladVAConfig:
             raise ValueError("neither LoRA nor soft prompts: there would be nothing to train")
 
 
-def scatter_embeddings(inputs_embeds: Tensor, vectors: Tensor, rows: Tensor, columns: Tensor):
-    """A copy of inputs_embeds (B, T, D) that holds `vectors` at [rows, columns], broadcast."""
-    return inputs_embeds.index_put((rows, columns), vectors.to(inputs_embeds.dtype))
-
-
 class VladVA(nn.Module):
     """An LVLM with LoRA and soft prompts that embeds images and texts."""
 
@@ -205,7 +201,6 @@ class VladVA(nn.Module):
             for modality in ("image", "text"):
                 ids = torch.tensor(self.hand_prompt_ids(modality), device=device)
                 self.soft_prompts[modality] = nn.Parameter(self.lvlm.embed(ids).float())  # (P, D)
-        # who only encodes needs no loss
         if self.config.loss in LOSSES:
             for name, value in self.loss.parameters(self.config).items():
                 self.loss_parameters[name] = nn.Parameter(torch.tensor(float(value), device=device))
@@ -336,20 +331,20 @@ class VladVA(nn.Module):
 
     def inputs_embeds(self, batch: data.Batch, modality: str, pixels=None) -> Tensor:
         """Decoder inputs (B, T, D): tokens, with soft prompts and image tokens in their places."""
-        inputs_embeds = self.lvlm.embed(batch.input_ids)
-        device = inputs_embeds.device
+        embeds = self.lvlm.embed(batch.input_ids)
+        device = embeds.device
         # Sec. 3.3: the soft prompt instead of the hand prompt's tokens
         if self.adapted and modality in self.soft_prompts:
-            soft_prompt = self.soft_prompts[modality]  # (P, D)
-            rows = torch.arange(len(inputs_embeds), device=device)[:, None]
+            soft_prompt = self.soft_prompts[modality].to(embeds.dtype)  # (P, D)
+            rows = torch.arange(len(embeds), device=device)[:, None]
             columns = batch.prompt_start[:, None] + torch.arange(len(soft_prompt), device=device)
-            inputs_embeds = scatter_embeddings(inputs_embeds, soft_prompt, rows, columns)
+            embeds = embeds.index_put((rows, columns), soft_prompt)
         # g(Phi_v(image)) at the image tokens; vision tower and projector are frozen
         if pixels is not None:
             with torch.no_grad():
                 features = self.lvlm.image_features(pixels).flatten(0, -2)  # (B N, D)
-            inputs_embeds = scatter_embeddings(inputs_embeds, features, *batch.image_token_index)
-        return inputs_embeds
+            embeds = embeds.index_put(tuple(batch.image_token_index), features.to(embeds.dtype))
+        return embeds
 
     def hidden_states(self, batch: data.Batch, modality: str, pixels=None) -> tuple[Tensor, Tensor]:
         """States of the summary tokens (B, D), and those that predict a caption token (M, D)."""
@@ -401,13 +396,25 @@ class VladVA(nn.Module):
         """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in their order."""
         if isinstance(texts, str):
             raise ValueError("encode_text wants a list of strings, got one: put it in a list")
-        emb = torch.empty(len(texts), self.lvlm.config.decoder.hidden_size).to(self.lvlm.device)
+        decoder, device = self.lvlm.decoder, self.lvlm.device
+        emb = torch.empty(len(texts), decoder.config.hidden_size, device=device)
         sequences = [self.text_sequence(text) for text in texts]
+        # what all texts begin with goes through the decoder once
+        shared = len(commonprefix([s.input_ids[: s.summary_index] for s in sequences]))
+        prefix = None
         # texts of similar length share a batch: little padding
         by_length = sorted(range(len(texts)), key=lambda i: len(sequences[i].input_ids))
         for part in data.batches(by_length, batch_size, "encoding texts"):
-            batch = self.collate([sequences[i] for i in part]).to(emb.device)
-            emb[part] = summary_embedding(self.hidden_states(batch, "text")[0]).float()
+            batch = self.collate([sequences[i] for i in part]).to(device)
+            embeds = self.inputs_embeds(batch, "text")  # (B, T, D)
+            if prefix is None:
+                prefix = KVCache(decoder.config, embeds[:1, :shared])
+                decoder(embeds[:1, :shared], cache=prefix)
+            cache = KVCache(decoder.config, embeds, prefix)
+            first_of_row = torch.arange(len(part), device=device) * cache.position.shape[1]
+            state_index = first_of_row + batch.summary_index - shared
+            states = decoder(embeds[:, shared:], cache.position[:1], cache, state_index)
+            emb[part] = summary_embedding(states).float()
         return emb
 
     @torch.no_grad()
@@ -467,10 +474,10 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
         return {name: file.get_tensor(name) for name in file.keys()}, config
 
 
-# args: of a parser with data.add_model_flags
 def load_model(args) -> VladVA:
     device = data.init_distributed(data.pick_device(args.device))
-    return VladVA.from_pretrained(args.model, args.adapter, device, DTYPES.get(args.dtype))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return VladVA.from_pretrained(args.model, args.adapter, device, dtype)
 
 
 @data.command

@@ -38,7 +38,7 @@ import data
 from extras import scenes
 from extras.export import save_lvlm
 from model import LVLM, parse_config, write_json
-from vladva import next_token_loss, scatter_embeddings
+from vladva import next_token_loss
 
 PRETRAIN_SEED = 3000  # its scenes are nobody else's: train.py and eval.py use other seeds
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
@@ -513,7 +513,7 @@ def place_images(inputs_embeds, vectors, image_start):
     """inputs_embeds (B, T, D) with vectors (B, N, D) from image_start (B,) on."""
     rows = torch.arange(len(vectors))[:, None]
     columns = image_start[:, None] + torch.arange(vectors.shape[1])
-    return scatter_embeddings(inputs_embeds, vectors, rows, columns)
+    return inputs_embeds.index_put((rows, columns), vectors)
 
 
 def sequence_loss(lvlm, batch, features):

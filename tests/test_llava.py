@@ -37,7 +37,7 @@ import vladva
 from extras.export import hub_key
 from lora import attach_lora, lora_disabled, lora_layers, merge_lora
 from model import LVLM, generate, load_lvlm, parse_config, rename_key
-from vladva import VladVA, VladVAConfig, scatter_embeddings
+from vladva import VladVA, VladVAConfig
 
 CASES = ("multi_head", "grouped_query", "tied")
 
@@ -97,7 +97,7 @@ def outputs(lvlm, raw):
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     features = lvlm.image_features(pixels)
     image_tokens = (padded == raw["image_token_index"]).nonzero(as_tuple=True)
-    embeds = scatter_embeddings(lvlm.embed(padded), features.flatten(0, 1), *image_tokens)
+    embeds = lvlm.embed(padded).index_put(image_tokens, features.flatten(0, 1))
     hidden_states = lvlm.decoder(embeds)
     answers = generate(lvlm, embeds, lengths, max_new_tokens=16)
     results = {"features": features}

@@ -37,7 +37,7 @@ from extras import export, scenes
 from extras.qwen2_vl import PatchProcessor
 from lora import attach_lora, lora_layers, merge_lora
 from model import LVLM, generate, load_lvlm, parse_config, rename_key
-from vladva import VladVA, VladVAConfig, scatter_embeddings, summary_embedding
+from vladva import VladVA, VladVAConfig, summary_embedding
 
 # ------------------------------------------------------------------- as exact as transformers
 
@@ -87,7 +87,7 @@ def outputs(lvlm, processor, which: tuple[int, ...]) -> dict:
     batch = data.collate(sequences, 0, config.image_token_id)
     features = lvlm.image_features(config.stack_images(patches))
     embeds = lvlm.embed(batch.input_ids)
-    embeds = scatter_embeddings(embeds, features, *batch.image_token_index)
+    embeds = embeds.index_put(tuple(batch.image_token_index), features)
     hidden_states = lvlm.decoder(embeds, batch.position_ids)
     lengths = torch.tensor([len(sequence.input_ids) for sequence in sequences])
     answers = generate(lvlm, embeds, lengths, 16, batch.position_ids)
