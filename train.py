@@ -111,8 +111,9 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
     # a killed run may have written lines past its last checkpoint: those steps run again
     path = Path(os.devnull) if rank else out / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if done else []
-    metrics = open(path, "w", encoding="utf-8", buffering=1)
-    metrics.writelines(lines)
+    if path.is_file():  # cut in place: a kill between emptying and writing back would lose lines
+        os.truncate(path, len("".join(lines).encode()))
+    metrics = open(path, "a", encoding="utf-8", buffering=1)
     bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=rank > 0 or None)
     began = saved = time.monotonic()
     with stoppable(out) as received, metrics, bar:
