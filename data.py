@@ -457,11 +457,13 @@ class Pairs:
 
 
 class BadRows:
-    """Rows that cannot be used: named once, and replaced by the file's next row that can."""
+    """Rows that cannot be used: named once, and replaced by the file's next row that can.
+
+    All processes hold the same list; the first one prints and writes it.
+    """
 
     def __init__(self):
         self.path, self.messages = None, []
-        self.num_new = 0  # of this process alone; the other messages all processes know
         self.rows_tried = 0  # by hold_out, before training
 
     # from now on, and behind those of a run that was interrupted
@@ -470,23 +472,19 @@ class BadRows:
         new = [message for message in self.messages if message not in before]
         self.path = path
         self.messages = before + new
-        self.num_new = 0
-        if rank_and_world_size()[0] == 0:
-            self.write(new)
+        self.write(new)
 
     def add(self, messages: list[str]) -> None:
         for message in messages:
             message = " ".join(message.split())
             if message not in self.messages:
                 self.messages.append(message)
-                self.num_new += 1
                 self.write([message])
-                if self.path is not None or rank_and_world_size()[0] == 0:
+                if rank_and_world_size()[0] == 0:
                     print(f"left out: {message}", file=sys.stderr, flush=True)
 
-    # appended, not rewritten: several processes write to one file
     def write(self, messages: list[str]) -> None:
-        if self.path is not None and messages:
+        if self.path is not None and messages and rank_and_world_size()[0] == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(f"{message}\n" for message in messages)
 
@@ -567,6 +565,16 @@ def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     gathered = rows.new_zeros(sum(counts), *rows.shape[1:])
     gathered[first : first + len(rows)] = rows
     return all_reduce_sum(gathered), first
+
+
+def all_gather_strings(strings: list[str]) -> list[str]:
+    """The strings of all processes, in rank order."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return strings
+    parts = [None] * world_size
+    dist.all_gather_object(parts, strings)
+    return sum(parts, [])
 
 
 def command(main):

@@ -129,10 +129,10 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
                 minutes = (time.monotonic() - began) / 5 * (config.steps - step) / 60
                 say(f"about {minutes:.0f} minutes to go ({minutes / 60:.1f} hours)")
             # all processes take the same decision to stop
-            bad_rows.add(batch.bad)
-            counts = torch.tensor([len(received), bad_rows.num_new], device=model.lvlm.device)
-            stopped, num_new = data.all_reduce_sum(counts).tolist()
-            num_bad = len(bad_rows.messages) - bad_rows.num_new + num_new
+            bad_rows.add(data.all_gather_strings(batch.bad))
+            num_bad = len(bad_rows.messages)
+            num_signals = torch.tensor(len(received), device=model.lvlm.device)
+            stopped = data.all_reduce_sum(num_signals).item()
             stopped = stopped or bad_rows.too_many(num_bad, step * config.batch_size)
             # a checkpoint comes before anything that may end the run
             due = stopped or step % config.save_every == 0 or step == config.steps

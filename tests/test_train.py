@@ -898,6 +898,16 @@ def test_two_ranks_equal_one_process(random_folder, tmp_path):
     assert sorted(bad[0]) == sorted(bad[1])
 
 
+def test_two_ranks_name_and_count_a_bad_row_once(random_folder, pairs, tmp_path):
+    """In the second epoch another process may meet it; it used to count as a further bad row."""
+    path = with_bad_lines(pairs, tmp_path / "data", 3)
+    flags = ["--model", random_folder, "--data", path, "--holdout", 0, "--steps", 12]
+    flags += ["--batch-size", 9, "--lora-rank", 4, "--out", tmp_path / "run"]
+    _, err = finish(spawn("train.py", *flags, ranks=2))
+    assert err.count("left out: ") == 3
+    assert len((tmp_path / "run" / "bad_rows.txt").read_text().splitlines()) == 3
+
+
 def full_size_model(size, folder):
     """LLaVA-1.5 of full size on the meta device in bfloat16, adapted, with Llama's tokenizer."""
     write_llama_tokenizer(folder)
