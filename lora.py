@@ -10,6 +10,7 @@ other layers than the seven linears of a Llama block.
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class LoRALinear(nn.Module):
     weight is stored in, and are cast where they are used.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator=None):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
@@ -72,7 +73,7 @@ def attach_lora(module: nn.Module, rank: int, alpha: float, seed: int = 0) -> No
 
 
 @contextlib.contextmanager
-def lora_disabled(module: nn.Module):
+def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Inside the context the LoRA layers are the frozen linears alone, bit for bit."""
     layers = lora_layers(module).values()
     before = [layer.enabled for layer in layers]

@@ -16,9 +16,10 @@ import importlib
 import json
 import os
 import re
-import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------- configuration
 
 
-def read_json(path: str | Path, kind: type = dict) -> typing.Any:
+def read_json(path: str | Path, kind: type = dict) -> Any:
     """The JSON object (or the other kind) in a file; ValueError when it is missing or broken."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -43,13 +44,29 @@ def read_json(path: str | Path, kind: type = dict) -> typing.Any:
     return value
 
 
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """A file written aside and renamed: a kill or a full disk leaves the old one as it was."""
+    partial = Path(f"{path}.partial")
+    partial.unlink(missing_ok=True)  # never through a link that somebody put there
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
 # Indented, so that people can read what a run or an export wrote.
-def write_json(path: str | Path, value: typing.Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | None = None):
+def from_json(
+    cls: type, raw: Any, where: str, ignore_unknown: bool = False, lowest: int | None = None
+) -> Any:
     """A dataclass from a JSON object; ValueError names an unknown field, or a wrong value."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
@@ -59,7 +76,7 @@ def from_json(cls, raw, where: str, ignore_unknown: bool = False, lowest: int | 
         raise ValueError(f"{where} has unknown fields {unknown}; known are {', '.join(types)}")
     values = {name: raw[name] for name in types if name in raw}
     for name, value in values.items():
-        allowed = typing.get_args(types[name]) or (types[name],)
+        allowed = get_args(types[name]) or (types[name],)
         kinds = (*allowed, int) if float in allowed else allowed  # JSON writes 1.0 as 1 at times
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
             raise ValueError(f"{where}: {name} is {value!r}, wanted {types[name]}")
@@ -146,9 +163,9 @@ class LVLMConfig:
     vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, ...]
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as read
 
-    image_token: typing.ClassVar[str] = "<image>"
-    image_processor: typing.ClassVar[type | None] = None  # None: data.ImageProcessor
-    key_patterns: typing.ClassVar[tuple] = (  # name in a checkpoint -> name here
+    image_token: ClassVar[str] = "<image>"
+    image_processor: ClassVar[type | None] = None  # None: data.ImageProcessor
+    key_patterns: ClassVar[tuple] = (  # name in a checkpoint -> name here
         (r"^(model\.)?vision_tower\.(vision_model\.)?(embeddings\.|encoder\.)?", "vision."),
         (r"^(model\.)?multi_modal_projector\.", "projector."),
         (r"^(language_model\.)?lm_head\.", "lm_head."),
@@ -201,7 +218,7 @@ class LVLMConfig:
         side = self.vision.image_size // self.vision.patch_size
         return side, side
 
-    def stack_images(self, images: list) -> typing.Any:
+    def stack_images(self, images: list) -> Any:
         """Preprocessed images -> what the vision tower takes; it has a length and `.to(device)`."""
         return torch.stack(images)
 
@@ -240,7 +257,8 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
+        width = config.hidden_size
+        inner = config.intermediate_size
         projections = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.num_heads = config.num_attention_heads
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -264,7 +282,8 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, feature_layer: int):
         super().__init__()
-        width, patch = config.hidden_size, config.patch_size
+        width = config.hidden_size
+        patch = config.patch_size
         num_patches = (config.image_size // patch) ** 2
         num_states = config.num_hidden_layers + 1
         if not -num_states <= feature_layer < num_states:
@@ -306,13 +325,16 @@ class Projector(nn.Module):
 # ------------------------------------------------------------------------------------- decoder
 
 
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (B or 1, 1, T, K) each
+
+
 # Frequencies of `width` rotated channels, (width / 2,), in float32.
-def rotary_frequencies(width: int, theta: float, device) -> Tensor:
+def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
     return theta**-exponents
 
 
-def rotary_tables(angles: Tensor, dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> Rotary:
     """cos and sin of angles (..., K / 2), each (..., K): channel i is paired with i + K / 2."""
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -340,9 +362,8 @@ class KVCache:
             self.keys[:, :, :, :first] = prefix.keys
             self.values[:, :, :, :first] = prefix.values
         # (B, T) of the tokens that come next; moved on before each forward
-        self.position = torch.arange(first, width, device=inputs_embeds.device).expand(
-            batch_size, -1
-        )
+        position = torch.arange(first, width, device=inputs_embeds.device)
+        self.position = position.expand(batch_size, -1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store k, v (B, G, T, K); returns all keys and values (B, G, S, K), and what is seen."""
@@ -363,7 +384,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        width, bias = config.hidden_size, config.qkv_bias
+        width = config.hidden_size
+        bias = config.qkv_bias
         query_width = config.num_attention_heads * config.head_width
         key_width = config.kv_heads * config.head_width
         self.layer = layer
@@ -374,7 +396,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, key_width, bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
 
-    def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
         heads = []
         for projection in (self.q_proj, self.k_proj, self.v_proj):
@@ -382,7 +404,7 @@ class Attention(nn.Module):
         q, k, v = heads
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
-    def forward(self, x: Tensor, rotary, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
         q, k, v = self.project(x, rotary)
         # without a cache the causal mask is implied, with one it says which positions are seen
         mask = None
@@ -416,7 +438,9 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary, cache=None, state_index=None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: KVCache | None = None, state_index: Tensor = None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         # no later layer mixes tokens: the last MLP runs only for the states that are wanted
         if state_index is not None:
@@ -436,13 +460,19 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def rotary(self, position_ids: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
         """cos and sin, each (B or 1, 1, T, K), of the tokens at position_ids (B or 1, T)."""
         config = self.config
         frequencies = rotary_frequencies(config.head_width, config.rope_theta, position_ids.device)
         return rotary_tables(position_ids[:, None, :, None].float() * frequencies, dtype)
 
-    def forward(self, inputs_embeds: Tensor, position_ids=None, cache=None, state_index=None):
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        state_index: Tensor | None = None,
+    ) -> Tensor:
         """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1. cache: a KVCache.
 
         state_index: (M,) flat indices b T + t of the states that are wanted, (M, D): the MLP of the
@@ -487,7 +517,7 @@ class LVLM(nn.Module):
         """Token ids (B, T) -> decoder inputs (B, T, D)."""
         return self.decoder.embed_tokens(input_ids)
 
-    def image_features(self, pixels: typing.Any) -> Tensor:
+    def image_features(self, pixels: Any) -> Tensor:
         """Stacked images -> image tokens g(Phi_v(x_v)), (B, N, D), or (n, D) of any sizes."""
         return self.projector(self.vision(pixels))
 
@@ -496,7 +526,13 @@ class LVLM(nn.Module):
 
 
 @torch.no_grad()
-def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens, position_ids=None):
+def generate(
+    lvlm: LVLM,
+    inputs_embeds: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    position_ids: Tensor | None = None,
+) -> list[list[int]]:
     """Greedy decoding of a batch with the key-value cache.
 
     inputs_embeds: (B, T, D), right-padded; lengths: (B,) real tokens of each row; position_ids: as
@@ -528,14 +564,15 @@ def generate(lvlm: LVLM, inputs_embeds: Tensor, lengths: Tensor, max_new_tokens,
         if step % 8 == 7 and finished.all():  # each question makes the host wait for the device
             break
         cache.position = (lengths + step)[:, None]
-        embeds, position = lvlm.embed(token[:, None]), (next_position + step)[:, None]
-        last = lvlm.decoder(embeds, position, cache)[:, 0]
+        position = (next_position + step)[:, None]
+        last = lvlm.decoder(lvlm.embed(token[:, None]), position, cache)[:, 0]
     answers = torch.stack(tokens, dim=1).tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
 
 
 # ----------------------------------------------------------------------------- loading weights
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IGNORED_KEYS = ("embeddings.position_ids", "rotary_emb.inv_freq")  # recomputed; old files hold them
 
 
@@ -552,6 +589,17 @@ def open_safetensors(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error})") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a small safetensors file, and its metadata; ValueError: NaN or infinite."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() or {}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+    return tensors, metadata
 
 
 # Those that the index names, or the single file of a small model.
@@ -581,11 +629,16 @@ def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
 
 
 def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
-    """The LVLM in a model folder, frozen, on one device in one dtype (None: see pick_dtype)."""
+    """The LVLM in a model folder, frozen, on one device in one dtype.
+
+    dtype None: bfloat16 on CUDA and for more than 3 billion parameters, float32 otherwise.
+    """
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)
-    dtype = pick_dtype(sum(p.numel() for p in lvlm.parameters()), device, dtype)
+    if dtype is None:
+        large = sum(p.numel() for p in lvlm.parameters()) > 3e9
+        dtype = torch.bfloat16 if large or torch.device(device).type == "cuda" else torch.float32
     keys = []
     for path in shard_files(folder):
         names = open_safetensors(path).keys()
@@ -612,28 +665,3 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
     if config.decoder.tie_word_embeddings:
         lvlm.lm_head.weight = lvlm.decoder.embed_tokens.weight
     return lvlm.requires_grad_(False).eval()
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_dtype(num_parameters: int, device, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype that was asked for, or bfloat16 on CUDA, float32 on a CPU with room for it."""
-    cuda = torch.device(device).type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
-    if dtype is None:
-        dtype = torch.bfloat16 if cuda or 4 * num_parameters > free / 2 else torch.float32
-    size = dtype.itemsize * num_parameters
-    if size > free:
-        sizes = f"{size / 1e9:.1f} GB in {dtype}, but {free / 1e9:.1f} are free on {device}"
-        raise ValueError(f"the model takes {sizes}: try --dtype bfloat16, or a smaller model")
-    return dtype
-
-
-# What can be had without swapping (Linux), or all that there is.
-def free_memory() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

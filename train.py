@@ -5,12 +5,14 @@
     torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...  # the same gradient
     python train.py --out runs/mine --resume  # goes on after a stop
 
-Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, checkpoints.
-Not here: losses (vladva.py), metrics (eval.py), ablation.py and memory (plan.py) of extras/.
+Writes OUT/adapter.safetensors, config.json, metrics.jsonl, bad_rows.txt, scores.json, report.png
+and OUT/checkpoints. Not here: losses (vladva.py), metrics (eval.py), the paper's ablation and the
+memory of a run at full size (extras/ablation.py, extras/plan.py).
 """
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import json
 import math
@@ -19,6 +21,7 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,10 +34,9 @@ from tqdm import tqdm
 import data
 from data import flag, rank_and_world_size, say
 from eval import HeldOutPairs, Measured, score_table
-from model import DTYPES, from_json, open_safetensors, read_json, write_json
+from model import DTYPES, check_shapes, from_json, read_json, read_tensors, write_json
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
-EMBEDDINGS = ("image", "text", "texts")  # fields of vladva.Embeddings
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
 MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
@@ -58,7 +60,6 @@ class TrainConfig:
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
     lr: float | None = flag(None, "LoRA's peak rate (default: 2e-4 x 4096 / decoder width)", low=0)
     soft_prompt_lr: float | None = flag(None, "soft prompts' peak rate (default: 4 x lr)", low=0)
-    loss_lr: float | None = None  # of what the loss itself trains, such as log tau; None: lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0)
@@ -79,26 +80,28 @@ class TrainConfig:
 
 def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows=None) -> dict:
     """Measure, adapt, measure again; returns what scores.json holds. open_rows: as open_data."""
-    if method.loss not in LOSSES:
-        raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
     device = data.init_distributed(data.pick_device(config.device))
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
+    model.attach(config.seed)
+    if method.loss not in LOSSES:
+        raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
     bad_rows = data.BadRows()
     rows, held_out = (open_rows or open_data)(config, model, bad_rows)
     # nothing is written before all that was asked for is known to be possible
     config = resolve(config, model, rows)
-    out = start_run(config, method, resume)
-    bad_rows.write_to(out / "bad_rows.txt")
-    before = held_out.measure(model) if len(held_out) > 1 else None
-    model.attach(config.seed)
     trained = sum(p.numel() for p in model.trained_parameters().values())
     total = sum(p.numel() for p in model.parameters())
-    say(f"{config.model}: {trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
     epochs = config.steps * config.batch_size / len(rows)
-    say(f"{config.steps:,} steps of {config.batch_size}: {epochs:.2f} epochs of {len(rows):,} rows")
-    adapt(model, rows, held_out, bad_rows, config)
-    after = held_out.measure(model) if len(held_out) > 1 else None
-    return report(out, held_out, before, after)
+    with run_folder(config, method, resume) as out:
+        say(f"{trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
+        say(f"{config.steps:,} steps of {config.batch_size}: {epochs:.2f} epochs of {len(rows):,}")
+        bad_rows.write_to(out / "bad_rows.txt")
+        # the untouched model, also where a run goes on
+        with model.adapter_disabled():
+            before = held_out.measure(model) if len(held_out) > 1 else None
+        adapt(model, rows, held_out, bad_rows, config)
+        after = held_out.measure(model) if len(held_out) > 1 else None
+        return report(out, held_out, before, after)
 
 
 def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainConfig) -> None:
@@ -130,17 +133,16 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
                 say(f"about {minutes:.0f} minutes to go ({minutes / 60:.1f} hours)")
             # all processes take the same decision to stop
             bad_rows.add(data.all_gather_strings(batch.bad))
-            num_bad = len(bad_rows.messages)
             num_signals = torch.tensor(len(received), device=model.lvlm.device)
             stopped = data.all_reduce_sum(num_signals).item()
-            stopped = stopped or bad_rows.too_many(num_bad, step * config.batch_size)
+            too_many = bad_rows.too_many(len(bad_rows.messages), step * config.batch_size)
             # a checkpoint comes before anything that may end the run
-            due = stopped or step % config.save_every == 0 or step == config.steps
-            due = due or time.monotonic() - saved > 60 * config.save_minutes
+            due = stopped or too_many or time.monotonic() - saved > 60 * config.save_minutes
+            due = due or step % config.save_every == 0 or step == config.steps
             if due and rank == 0:
                 save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
                 saved = time.monotonic()
-            bad_rows.check(num_bad, step * config.batch_size)
+            bad_rows.check(len(bad_rows.messages), step * config.batch_size)
             if stopped and step < config.steps:
                 say(f"stopped after step {step}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
@@ -214,8 +216,8 @@ def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tupl
         partial_loss, state_gradient = caption_gradient(model, caption_states, targets, num_tokens)
         next_token = next_token + partial_loss
         surrogate_loss = model.config.next_token_weight * (caption_states * state_gradient).sum()
-        for name in EMBEDDINGS:
-            surrogate_loss = surrogate_loss + (getattr(emb, name) * getattr(gradient, name)).sum()
+        for part, part_gradient in zip(emb, gradient):
+            surrogate_loss = surrogate_loss + (part * part_gradient).sum()
         surrogate_loss.backward()
 
     # 4. the gradients of all processes add up; those of the loss's parameters are whole in each
@@ -229,20 +231,20 @@ def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tupl
 
 def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor, list[Embeddings]]:
     """The embedding loss of all processes, and its gradient at each of this one's parts."""
-    leaves, whole_batch = {}, {}
-    for name in EMBEDDINGS:
-        leaf = torch.cat([getattr(part, name).detach() for part in parts]).requires_grad_()
+    # image, text and further embeddings of all parts: this process's are leaves of a small graph
+    leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts)]
+    whole_batch = []
+    for leaf in leaves:
         rows, first = data.all_gather_rows(leaf.detach())
-        leaves[name] = leaf
-        whole_batch[name] = torch.cat([rows[:first], leaf, rows[first + len(leaf) :]])
-    loss = model.loss.function(model, Embeddings(**whole_batch))
+        whole_batch.append(torch.cat([rows[:first], leaf, rows[first + len(leaf) :]]))
+    loss = model.loss.function(model, Embeddings(*whole_batch))
     if loss.requires_grad:
         loss.backward()
     # back into the micro-batches that the rows came from
     columns = []
-    for name, leaf in leaves.items():
+    for leaf, column in zip(leaves, zip(*parts)):
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        columns.append(gradient.split([len(getattr(part, name)) for part in parts]))
+        columns.append(gradient.split([len(part) for part in column]))
     return loss, [Embeddings(*gradients) for gradients in zip(*columns)]
 
 
@@ -262,12 +264,11 @@ def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num
 
 def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate for each of the model's parameter groups."""
-    rates = dict(lora=config.lr, soft_prompts=config.soft_prompt_lr, loss_parameters=config.loss_lr)
     groups = []
     for name, parameters in model.parameter_groups().items():
+        rate = config.soft_prompt_lr if name == "soft_prompts" else config.lr
         if parameters:
-            group = {"params": list(parameters.values()), "lr": rates[name], "peak_lr": rates[name]}
-            groups.append(group)
+            groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate})
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.lvlm.device.type != "meta")
 
 
@@ -385,7 +386,6 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
         "gradient_checkpointing": cuda,
         "lr": lr,
         "soft_prompt_lr": 4 * lr,
-        "loss_lr": lr,
         "num_workers": 8 if cuda else 0,
     }
     # what was asked for comes first; a run that goes on finds steps here, and no epochs
@@ -441,29 +441,44 @@ def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
     if not checkpoints(out):
         return 0
     path = checkpoints(out)[-1]
-    with open_safetensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    values = {key[: -len(".value")]: tensors[key] for key in tensors if key.endswith(".value")}
-    model.load_adapter_state(values, path)
+    tensors, _ = read_tensors(path)
+    # all shapes first: a wrong one in AdamW's state would crash its kernel
+    wanted = {}
     for name, p in model.trained_parameters().items():
+        wanted[f"{name}.step"] = torch.Size()
+        for kind in ("value", "exp_avg", "exp_avg_sq"):
+            wanted[f"{name}.{kind}"] = p.shape
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(shapes, wanted, f"{path} does not fit this run")
+    for name, p in model.trained_parameters().items():
+        p.data.copy_(tensors[f"{name}.value"])
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             optimizer.state[p][kind] = tensors[f"{name}.{kind}"].to(p.device)
     return int(path.stem.removeprefix("step-"))
 
 
-def start_run(config: TrainConfig, method: VladVAConfig, resume: bool) -> Path:
-    """Make OUT and write its config.json; refuse a folder that holds another run."""
+@contextlib.contextmanager
+def run_folder(config: TrainConfig, method: VladVAConfig, resume: bool) -> Iterator[Path]:
+    """OUT with its config.json, this run's alone inside the context; refuses that of another."""
     out = Path(config.out)
-    if not resume and any((out / name).exists() for name in RUN_FILES):
-        raise ValueError(f"{out} holds another run: --resume, choose another --out, or delete it")
-    data.barrier()  # all have looked before the first one writes
     run = vars(config) | vars(method)
-    if rank_and_world_size()[0] == 0 and not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", run | {"torch": torch.__version__})
-    data.barrier()
-    say("  ".join(f"{name}={value!r}" for name, value in run.items()))
-    return out
+    with contextlib.ExitStack() as stack:
+        if rank_and_world_size()[0] == 0:
+            if not resume and any((out / name).exists() for name in RUN_FILES):
+                raise ValueError(f"{out} holds another run: --resume it, or choose another --out")
+            out.mkdir(parents=True, exist_ok=True)
+            # a lock of the system: a kill frees it too
+            lock = stack.enter_context(open(out / ".lock", "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{out} is in use by another run: choose another --out") from None
+            stack.callback(os.unlink, lock.name)
+            if not resume:
+                write_json(out / "config.json", run | {"torch": torch.__version__})
+        data.barrier()
+        say("  ".join(f"{name}={value!r}" for name, value in run.items()))
+        yield out
 
 
 def configs_from_flags(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
@@ -484,17 +499,19 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
 
 def report(out: Path, held_out, before: Measured | None, after: Measured | None) -> dict:
     """Print the table before / after; write scores.json and report.png."""
+    if after is None:
+        say(f"written: {out}/adapter.safetensors")
+        return {}
+    say(score_table({"before": before, "after": after}, held_out.chance))
     scores = {}
     for name, measured in (("before", before), ("after", after)):
-        if measured is not None:
-            scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
-    if rank_and_world_size()[0] == 0 and scores:
+        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
+    if rank_and_world_size()[0] == 0:
         from extras.plots import draw_report
 
         write_json(out / "scores.json", scores)
-        say(score_table({"before": before, "after": after}, held_out.chance))
         draw_report(out, held_out, before, after)
-    say(f"written: {out}/adapter.safetensors{', scores.json, report.png' if scores else ''}")
+    say(f"written: {out}/adapter.safetensors, scores.json, report.png")
     return scores
 
 

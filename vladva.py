@@ -13,20 +13,32 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 
 import data
 from data import flag
 from lora import attach_lora, lora_disabled
-from model import LVLM, KVCache, check_shapes, from_json, generate, load_lvlm, open_safetensors
+from model import (
+    DTYPES,
+    LVLM,
+    KVCache,
+    check_shapes,
+    from_json,
+    generate,
+    load_lvlm,
+    read_json,
+    read_tensors,
+)
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -56,12 +68,15 @@ def contrastive_loss(image_emb: Tensor, text_emb: Tensor, temperature: float | T
     """Symmetric image-text cross-entropy (paper, Eq. 1, divided by B; the temperature is ours).
 
     image_emb, text_emb: (B, D), L2-normalised, row i of each is a pair. Returns a 0-d loss in nats;
-    2 log B when all rows coincide; splitting B changes it. ValueError on unequal shapes or B < 2.
+    2 log B when all rows coincide. ValueError on unequal shapes or B < 2.
     """
     if image_emb.shape != text_emb.shape or len(image_emb) < 2:
-        raise ValueError(f"Eq. 1 of {image_emb.shape} and {text_emb.shape}: wanted equal, B >= 2")
+        shapes = f"{tuple(image_emb.shape)} and {tuple(text_emb.shape)}"
+        raise ValueError(f"contrastive loss of {shapes}: wanted equal shapes, B >= 2")
+    # the other rows of the batch are the negatives: two halves give another loss than the whole
     sim = similarity(image_emb, text_emb) / temperature  # (B, B)
     pairs = torch.arange(len(sim), device=sim.device)
+    # image i among all texts, then text i among all images
     return F.cross_entropy(sim, pairs) + F.cross_entropy(sim.T, pairs)
 
 
@@ -81,8 +96,7 @@ def next_token_loss(
     return F.cross_entropy(at_least_float32(logits), targets, reduction="sum") / total
 
 
-@dataclass(frozen=True)
-class Embeddings:
+class Embeddings(NamedTuple):
     """Summary embeddings of a batch, L2-normalised: what a loss of LOSSES takes."""
 
     image: Tensor  # (S, D), of the rows with an image and a short caption
@@ -178,8 +192,8 @@ class VladVA(nn.Module):
         if adapter is not None:
             tensors, config = read_adapter(adapter)
         elif config is None and (folder / "vladva.json").exists():  # extras/export.py wrote it
-            merged = json.loads((folder / "vladva.json").read_text(encoding="utf-8"))
-            config = from_json(VladVAConfig, merged["config"], f"{folder}/vladva.json")
+            merged = read_json(folder / "vladva.json").get("config")
+            config = from_json(VladVAConfig, merged, f"{folder}/vladva.json")
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype)
         tokenizer = data.Tokenizer(folder, lvlm.config)
@@ -218,20 +232,18 @@ class VladVA(nn.Module):
         return sequence.input_ids[sequence.prompt_start :][: sequence.prompt_length]
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """{group: {name: parameter}} of all that is trained, and so optimised and saved."""
+        """{group: {name: parameter}} of all that is trained, and so optimised."""
         groups = {"lora": {}, "soft_prompts": {}, "loss_parameters": {}}
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                group = "lora" if name.endswith(("lora_a", "lora_b")) else name.split(".")[0]
-                if group not in groups:
-                    raise ValueError(f"{name} is trained, but belongs to none of {list(groups)}")
-                groups[group][name] = p
+        for name, p in self.trained_parameters().items():
+            group = "lora" if name.endswith(("lora_a", "lora_b")) else name.split(".")[0]
+            if group not in groups:
+                raise ValueError(f"{name} is trained, but belongs to none of {list(groups)}")
+            groups[group][name] = p
         return groups
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of all groups."""
-        lora, soft_prompts, loss_parameters = self.parameter_groups().values()
-        return lora | soft_prompts | loss_parameters
+        """{name: parameter} of all that is trained, and so saved."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @property
     def temperature(self) -> float | Tensor:
@@ -241,7 +253,7 @@ class VladVA(nn.Module):
         return self.config.temperature
 
     @contextlib.contextmanager
-    def adapter_disabled(self):
+    def adapter_disabled(self) -> Iterator[None]:
         """Inside the context this is the untouched LVLM with its hand prompts, bit for bit."""
         before = self.adapted
         self.adapted = False
@@ -253,8 +265,10 @@ class VladVA(nn.Module):
 
     # ------------------------------------------------------------------ templates and batches
 
-    def sequence(self, template, prompt, caption="", long_caption=None, grid=None):
-        """TokenSequence of a template, and of a long caption and its question if there is one."""
+    def sequence(
+        self, template: str, prompt: str, caption="", long_caption: str | None = None, grid=None
+    ) -> data.TokenSequence:
+        """Tokens of a template, and of a long caption and its question if there is one."""
         lvlm_config = self.lvlm.config
         # an image token for each feature vector of the image, of a square one if no grid is named
         grid = grid or lvlm_config.image_grid()  # (rows, columns)
@@ -312,8 +326,9 @@ class VladVA(nn.Module):
         image_rows = [row for row in rows if row["image"] is not None]
         images = [row["image"] for row in image_rows]
         # Eq. 1 is on the images that have a short caption
-        paired = image_rows if "pairs" in self.loss.inputs else []
-        image_of_text = [index for index, row in enumerate(paired) if row["short"]]
+        image_of_text = []
+        if "pairs" in self.loss.inputs:
+            image_of_text = [index for index, row in enumerate(image_rows) if row["short"]]
         short_captions = [image_rows[index]["short"] for index in image_of_text]
         # Eq. 2 is on the long captions; at weight 0 none is read
         captions = [row["long"] if self.config.next_token_weight else None for row in image_rows]
@@ -329,11 +344,11 @@ class VladVA(nn.Module):
 
     # --------------------------------------------------------------------------------- forward
 
-    def inputs_embeds(self, batch: data.Batch, modality: str, pixels=None) -> Tensor:
+    def inputs_embeds(self, batch: data.Batch, modality: str | None, pixels=None) -> Tensor:
         """Decoder inputs (B, T, D): tokens, with soft prompts and image tokens in their places."""
         embeds = self.lvlm.embed(batch.input_ids)
         device = embeds.device
-        # Sec. 3.3: the soft prompt instead of the hand prompt's tokens
+        # Sec. 3.3: v^m instead of the hand prompt's tokens; there is none where modality is None
         if self.adapted and modality in self.soft_prompts:
             soft_prompt = self.soft_prompts[modality].to(embeds.dtype)  # (P, D)
             rows = torch.arange(len(embeds), device=device)[:, None]
@@ -418,7 +433,9 @@ class VladVA(nn.Module):
         return emb
 
     @torch.no_grad()
-    def generate_batch(self, images, prompts: list[str], max_new_tokens: int = 128) -> list[str]:
+    def generate_batch(
+        self, images: Sequence, prompts: list[str], max_new_tokens: int = 128
+    ) -> list[str]:
         """Greedy answers to one prompt per image, in the model's own template."""
         pixels, sequences = [], []
         for image, prompt in zip(images, prompts, strict=True):
@@ -428,13 +445,13 @@ class VladVA(nn.Module):
             sequences.append(self.sequence(GENERATE_TEMPLATE, prompt, grid=grid))
         batch = self.collate(sequences).to(self.lvlm.device)
         pixels = self.lvlm.config.stack_images(pixels).to(self.lvlm.device)
-        embeds = self.inputs_embeds(batch, "generate", pixels)
+        embeds = self.inputs_embeds(batch, None, pixels)
         lengths = batch.summary_index + 1
         answers = generate(self.lvlm, embeds, lengths, max_new_tokens, batch.position_ids)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
-    def generate(self, image, prompt: str, max_new_tokens: int = 128) -> str:
-        """The greedy answer to a prompt about an image (PIL or path), adapters as they are."""
+    def generate(self, image: Image | str | Path, prompt: str, max_new_tokens: int = 128) -> str:
+        """The greedy answer to a prompt about an image; the adapter is on, the soft prompts not."""
         return self.generate_batch([image], [prompt], max_new_tokens)[0]
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -466,18 +483,16 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
     path = Path(folder) / "adapter.safetensors"
     if not path.exists():
         raise ValueError(f"{path} not found: --adapter wants the folder of a training run")
-    with open_safetensors(path) as file:
-        about = (file.metadata() or {}).get("adapter")
-        if about is None:
-            raise ValueError(f"{path} carries no config: it was not written by this project")
-        config = from_json(VladVAConfig, json.loads(about)["config"], str(path))
-        return {name: file.get_tensor(name) for name in file.keys()}, config
+    tensors, metadata = read_tensors(path)
+    if "adapter" not in metadata:
+        raise ValueError(f"{path} carries no config: it was not written by this project")
+    return tensors, from_json(VladVAConfig, json.loads(metadata["adapter"])["config"], str(path))
 
 
-def load_model(args) -> VladVA:
+def load_model(args: argparse.Namespace) -> VladVA:
+    """The model that the flags of data.add_model_flags name."""
     device = data.init_distributed(data.pick_device(args.device))
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    return VladVA.from_pretrained(args.model, args.adapter, device, dtype)
+    return VladVA.from_pretrained(args.model, args.adapter, device, DTYPES.get(args.dtype))
 
 
 @data.command

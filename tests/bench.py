@@ -120,7 +120,6 @@ def ours(args, dtype) -> dict:
     config = train.TrainConfig(
         lr=1e-4,
         soft_prompt_lr=1e-4,
-        loss_lr=1e-4,
         gradient_caching=bool(args.gradient_caching),
         gradient_checkpointing=False,
         compile=bool(args.compile),

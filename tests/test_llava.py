@@ -32,7 +32,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
-import model as lvlm_module
 import vladva
 from extras.export import hub_key
 from lora import attach_lora, lora_disabled, lora_layers, merge_lora
@@ -479,15 +478,6 @@ def test_what_cannot_be_loaded_ends_in_one_line_before_any_training(random_folde
     assert not out.exists()
 
 
-def test_weights_that_do_not_fit_the_memory_are_refused_before_loading(monkeypatch):
-    count = 1_000_000  # parameters
-    for free, dtype, expected in (
-        (9 * count, None, torch.float32),
-        (7 * count, None, torch.bfloat16),
-        (5 * count, torch.float32, torch.float32),
-    ):
-        monkeypatch.setattr(lvlm_module, "free_memory", lambda free=free: free)
-        assert lvlm_module.pick_dtype(count, "cpu", dtype) == expected
-    monkeypatch.setattr(lvlm_module, "free_memory", lambda: 3 * count)
-    with pytest.raises(ValueError, match="GB in torch.float32.* free.* bfloat16"):
-        lvlm_module.pick_dtype(count, "cpu", torch.float32)
+def test_a_small_model_is_loaded_in_float32_on_a_cpu_unless_a_dtype_is_named(random_folder):
+    assert load_lvlm(random_folder).dtype == torch.float32
+    assert load_lvlm(random_folder, dtype=torch.bfloat16).dtype == torch.bfloat16

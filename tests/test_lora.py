@@ -155,7 +155,7 @@ def test_a_and_b_stay_in_float32_whatever_the_weight_is_stored_in(dtype, bound):
     """Values and gradients of x, A and B are those of the formula in float64."""
     torch.manual_seed(0)
     linear = nn.Linear(6, 5, bias=False).to(dtype).requires_grad_(False)
-    layer = LoRALinear(linear, rank=2, alpha=3)
+    layer = LoRALinear(linear, rank=2, alpha=3, generator=torch.Generator())
     nn.init.normal_(layer.lora_b)
     for shape in ((4, 6), (2, 3, 6)):
         x = torch.randn(shape, dtype=dtype, requires_grad=True)

@@ -98,7 +98,7 @@ def names(paths):
 
 # ------------------------------------------------------------------------------------ the step
 
-PLAIN = TrainConfig(lr=1e-2, soft_prompt_lr=1e-2, loss_lr=1e-2, gradient_caching=False)
+PLAIN = TrainConfig(lr=1e-2, soft_prompt_lr=1e-2, gradient_caching=False)
 
 
 def test_one_batch_overfits_and_frozen_weights_stay_bit_identical(random_folder, scene_rows):
