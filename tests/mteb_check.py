@@ -36,9 +36,9 @@ def write_sugarcrepe(folder: Path) -> None:
     for category in sum(bench.GROUPS.values(), ()):
         rows = {}
         for i in range(NUM_ITEMS):
-            scene, true, false = scenes.edited_caption(SEED, i, category)
+            scene, (true, _, false) = scenes.caption_triple(SEED, i, category)
             rows[str(i)] = {"filename": f"{category}_{i}.png"}
-            rows[str(i)] |= {"caption": str(true), "negative_caption": str(false)}
+            rows[str(i)] |= {"caption": true, "negative_caption": false}
             scenes.render(scene).save(folder / rows[str(i)]["filename"])
         write_json(folder / f"{category}.json", rows)
 
