@@ -1,35 +1,32 @@
 """The original LLaVA's published weights -> a folder in the hub's layout, once.
 
-    python -m extras.convert_llava SOURCE OUT
-    python train.py --model OUT --image-mode pad ...
+    python -m extras.convert_llava SOURCE OUT  # then: train.py --model OUT --image-mode pad ...
 
-SOURCE: flat config.json, pytorch_model-*.bin or safetensors, tokenizer.json. The CLIP folder that
-config.json names lies in SOURCE, beside it, at the path that is named, or in the hub's cache.
-Pickles (.bin) are read here and nowhere else, without running code from them, and memory-mapped.
+SOURCE holds config.json, pytorch_model*.bin or safetensors, and a tokenizer.json, which the
+original lacks: take Llama 2's or llava-hf's. The folder of CLIP, its vision tower, lies beside it.
+Pickles (.bin) are read here and nowhere else, without running code from them.
+
+Not here: LLaVA-1.6; adapters (extras/export.py).
 """
 
 import argparse
 import pickle
-import shutil
+import tempfile
 from pathlib import Path
 
 import tokenizers
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 import data
 import model
-from extras.export import check_empty, save_weights
 
-SUPPORTED = {
-    "mm_projector_type": ("mlp2x_gelu",),
-    "mm_vision_select_feature": ("patch",),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
-    "image_aspect_ratio": ("pad", "square", None),
-}
+# What LLaVA-1.5 is, by field; another value would silently give another model.
+SUPPORTED = {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)}
+SUPPORTED |= {"mm_use_im_start_end": (False,), "mm_use_im_patch_token": (False,)}
+SUPPORTED |= {"image_aspect_ratio": ("pad", "square", None)}
 PATTERNS = (  # name in SOURCE or in the CLIP folder -> name in the hub's layout
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
@@ -37,47 +34,30 @@ PATTERNS = (  # name in SOURCE or in the CLIP folder -> name in the hub's layout
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.", "language_model.model."),
 )
-VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-REST_OF_CLIP = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-
-
-def clip_folder(source: Path, name: str) -> Path:
-    """The CLIP folder that config.json names; ValueError says where to put it."""
-    beside = source.parent / Path(name).name
-    for folder in (source / Path(name).name, beside, Path(name)):
-        if (folder / "config.json").is_file():
-            return folder
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise ValueError(
-            f"the vision tower {name} is not here: put its folder at {beside}"
-        ) from None
+IGNORED = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # CLIP's rest
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """{name in the hub's layout: tensor} of a folder's .bin or safetensors files."""
-    index = folder / "pytorch_model.bin.index.json"
-    names = model.read_json(index)["weight_map"].values() if index.exists() else []
-    paths = [folder / name for name in sorted(set(names)) or ["pytorch_model.bin"]]
-    if not all(path.is_file() for path in paths):
-        paths = model.shard_files(folder)
+    """{name in the hub's layout: tensor} of a folder's .bin files, or else of its safetensors."""
     tensors = {}
-    for path in paths:
-        if path.suffix == ".safetensors":
-            with model.open_safetensors(path) as shard:
-                tensors |= {key: shard.get_tensor(key) for key in shard.keys()}
-            continue
+    for path in sorted(folder.glob("pytorch_model*.bin")) or model.shard_files(folder):
         try:
-            tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path} is broken, or holds more than tensors: {reason}") from None
-    renamed = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(REST_OF_CLIP) and not key.endswith(model.IGNORED_KEYS):
-            renamed[model.rename_key(key, PATTERNS)] = tensor
-    return renamed
+            if path.suffix == ".bin":
+                part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                part = load_file(path)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} is broken, or holds more than tensors: {error!s:.90}"
+            ) from None
+        for key, tensor in part.items():
+            if key.startswith(IGNORED) or key.endswith(model.IGNORED_KEYS):
+                continue
+            # integers are a quantised model's weights: as floats they would mean nothing
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted plain floats")
+            tensors[model.rename_key(key, PATTERNS)] = tensor
+    return tensors
 
 
 def hub_config(raw: dict, clip: dict) -> dict:
@@ -98,50 +78,61 @@ def hub_config(raw: dict, clip: dict) -> dict:
     }
 
 
-def add_rows(weight: Tensor, vocab_size: int) -> Tensor:
-    """The weight with more rows, each the mean of the others: never the largest logit."""
-    mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
-    return torch.cat([weight, mean.expand(vocab_size - len(weight), -1)])
+def convert(source: Path, out: Path) -> None:
+    """Write OUT whole, or not at all; all names and shapes are compared before."""
+    # config.json names the hub id of CLIP; its folder lies beside the original's
+    raw = model.read_json(source / "config.json")
+    clip = source.parent / Path(raw["mm_vision_tower"]).name
+    config = model.parse_config(hub_config(raw, model.read_json(clip / "config.json")))
+    settings = model.read_json(clip / "preprocessor_config.json")
+    # <image> and <pad> follow the words, as in the configuration above
+    path = source / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no tokenizer ({error})") from None
+    tokenizer.add_special_tokens(["<image>", "<pad>"])
+    if tokenizer.token_to_id("<image>") != config.image_token_id:
+        raise ValueError(f"{path} has other than the {config.image_token_id} ids of config.json")
+    # a vision tower in SOURCE, which some originals have trained, goes before CLIP's
+    tensors = read_weights(clip) | read_weights(source)
+    # a new token's row is the mean of the others: never the largest logit
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weight = tensors.get(name)
+        if weight is not None and len(weight) == config.image_token_id:
+            new_rows = weight.float().mean(0).expand(config.decoder.vocab_size - len(weight), -1)
+            tensors[name] = torch.cat([weight, new_rows.to(weight.dtype)])
+    # one list of all that is missing, unexpected or of another shape
+    with torch.device("meta"):
+        wanted = dict(model.LVLM(config).named_parameters())
+    renamed = {model.rename_key(name, config.key_patterns): t for name, t in tensors.items()}
+    model.check_shapes(renamed, wanted, f"the weights of {source} do not fit its config.json")
+    # written aside and renamed, so that a full disk or a kill leaves no half of a model
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as aside:
+        folder = Path(aside) / "model"
+        folder.mkdir()
+        data.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors 0.8 makes it the writer's alone
+        tokenizer.save(str(folder / "tokenizer.json"))
+        model.write_json(folder / "preprocessor_config.json", settings)
+        model.write_json(folder / "config.json", config.raw)
+        folder.rename(out)
 
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="extras.convert_llava", description="To hub layout.")
-    parser.add_argument("source", type=Path, help="folder of the original LLaVA-1.5")
-    parser.add_argument("out", type=Path, help="folder to write; it may not hold a model")
+    description = "Convert the original LLaVA-1.5 to the layout of llava-hf, which --model takes."
+    parser = argparse.ArgumentParser("python -m extras.convert_llava", description=description)
+    parser.add_argument("source", type=Path, help="folder of the original, CLIP's folder beside it")
+    parser.add_argument("out", type=Path, help="folder to write; it may not exist yet")
     args = parser.parse_args(argv)
-    check_empty(args.out)
-    raw = model.read_json(args.source / "config.json")
-    if "mm_vision_tower" not in raw:
-        raise ValueError(f"{args.source}/config.json names no mm_vision_tower: no original LLaVA")
-    tower = clip_folder(args.source, raw["mm_vision_tower"])
-    config = model.parse_config(hub_config(raw, model.read_json(tower / "config.json")))
-
-    path = args.source / "tokenizer.json"
-    model.read_json(path)
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    for token in ("<image>", "<pad>"):
-        tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-    if tokenizer.token_to_id("<image>") != config.image_token_id:
-        raise ValueError(f"{path} has other than the {config.image_token_id} ids of config.json")
-
-    # all names and shapes are compared before anything is written
-    tensors = read_weights(args.source)
-    if not any(name.startswith("vision_tower.") for name in tensors):
-        tensors = read_weights(tower) | tensors
-    for name in VOCABULARY:
-        if name in tensors:
-            tensors[name] = add_rows(tensors[name], config.decoder.vocab_size)
-    shapes = {model.rename_key(name, config.key_patterns): t.shape for name, t in tensors.items()}
-    with torch.device("meta"):
-        lvlm = model.LVLM(config)
-    wanted = {name: p.shape for name, p in lvlm.named_parameters()}
-    model.check_shapes(shapes, wanted, f"the weights of {args.source} do not fit its config.json")
-    dtype = tensors["language_model.model.norm.weight"].dtype
-    save_weights({name: tensor.to(dtype) for name, tensor in tensors.items()}, args.out)
-    tokenizer.save(str(args.out / "tokenizer.json"))
-    shutil.copy(tower / "preprocessor_config.json", args.out)
-    model.write_json(args.out / "config.json", config.raw | {"torch_dtype": str(dtype)[6:]})
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already: choose another folder")
+    try:
+        convert(args.source, args.out)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{args.source} holds no original LLaVA: {error!r}") from None
     print(f"written: {args.out}; the original pads images: use --image-mode pad")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from model import load_lvlm, write_json
 from vladva import VladVA, VladVAConfig
 
 WORDS = 32000  # of the original's vocabulary
+TOWER = "model.vision_tower.vision_tower."
 CLIP = "openai/clip-vit-large-patch14-336"
 ORIGINAL_NAMES = (  # the hub's -> the original's
     (r"^vision_tower\.", "model.vision_tower.vision_tower."),
@@ -32,6 +34,15 @@ def original_tensors(folder) -> dict[str, torch.Tensor]:
             key = re.sub(pattern, name, key)
         tensors[key] = tensor[:WORDS].clone() if tensor.shape[0] > WORDS else tensor
     return tensors
+
+
+def tower_tensors(tensors) -> dict[str, torch.Tensor]:
+    """The vision tower of an original as a CLIP folder names it."""
+    tower = {}
+    for key, tensor in tensors.items():
+        if key.startswith(TOWER):
+            tower[key[len(TOWER) :]] = tensor
+    return tower
 
 
 def write_original(folder, tensors, files=2):
@@ -54,7 +65,7 @@ def hub_folder(tmp_path_factory):
 
 @pytest.fixture
 def original(hub_folder, tmp_path):
-    """The same in the original's layout, the CLIP folder beside it; the tower is in the weights."""
+    """The same in the original's layout; beside it CLIP, whose tower is another than its own."""
     folder = tmp_path / "llava-v1.5"
     clip = tmp_path / CLIP.split("/")[1]
     folder.mkdir()
@@ -79,7 +90,10 @@ def original(hub_folder, tmp_path):
     tokenizer = json.loads((hub_folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] < WORDS]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    write_original(folder, original_tensors(hub_folder))
+    tensors = original_tensors(hub_folder)
+    write_original(folder, tensors)
+    tower = {key: torch.zeros_like(tensor) for key, tensor in tower_tensors(tensors).items()}
+    torch.save(tower, clip / "pytorch_model.bin")
     return folder
 
 
@@ -111,14 +125,15 @@ def test_the_converted_folder_embeds_as_the_hub_folder_does(original, hub_folder
     assert models[1].image_sequence().input_ids == models[0].image_sequence().input_ids
     assert models[1].lvlm.config.decoder.vocab_size == 32064
     assert sorted(path.suffix for path in out.iterdir()) == [".json"] * 3 + [".safetensors"]
+    for path in (out, *out.iterdir()):
+        assert path.stat().st_mode & 0o444 == 0o444, f"others cannot read {path}"
 
 
 @pytest.mark.parametrize("stored", ["bin", "safetensors"])
 def test_the_tower_may_lie_in_the_clip_folder_only(original, hub_folder, tmp_path, stored):
     tensors = original_tensors(hub_folder)
-    prefix = "model.vision_tower.vision_tower."
-    tower = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-    rest = {key: t for key, t in tensors.items() if not key.startswith(prefix)}
+    tower = tower_tensors(tensors)
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(TOWER)}
     tower["text_model.final_layer_norm.weight"] = torch.zeros(3)  # the rest of CLIP is not needed
     tower["logit_scale"] = torch.zeros(())
     write_original(original, rest)
@@ -126,6 +141,7 @@ def test_the_tower_may_lie_in_the_clip_folder_only(original, hub_folder, tmp_pat
     if stored == "bin":
         torch.save(tower, clip / "pytorch_model.bin")
     else:
+        (clip / "pytorch_model.bin").unlink()
         save_file(tower, clip / "model.safetensors")
     before, after = load_lvlm(hub_folder), load_lvlm(convert(original, tmp_path / "out"))
     for name, p in before.vision.named_parameters():
@@ -139,12 +155,13 @@ class Payload:
 
 def refuse(capsys, source, out) -> str:
     """The line on stderr with which a conversion ends; nothing may have been written."""
+    before = sorted(out.parent.iterdir())
     with pytest.raises(SystemExit) as ended:
         convert(source, out)
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.err.count("\n") == 1
     assert "code from a pickle ran" not in captured.out
-    assert not (out / "config.json").exists()
+    assert sorted(out.parent.iterdir()) == before
     return captured.err
 
 
@@ -162,8 +179,10 @@ def test_a_pickle_with_code_in_it_is_refused_in_one_line(original, tmp_path, cap
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"vocab_size": 31000}, "ids of config.json"),
+        ({"vocab_size": "32000"}, "holds no original LLaVA: TypeError"),
         ({"intermediate_size": 97}, "do not fit"),
-        ({"mm_vision_tower": "nobody/clip-none"}, "nobody/clip-none is not here"),
+        ({"mm_vision_tower": "nobody/clip-none"}, "clip-none/config.json is missing"),
+        ({"mm_vision_tower": None}, "holds no original LLaVA: TypeError"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(original, tmp_path, capsys, setting, message):
@@ -172,12 +191,43 @@ def test_unsupported_settings_are_refused_by_name(original, tmp_path, capsys, se
     assert message in refuse(capsys, original, tmp_path / "out")
 
 
-def test_a_missing_shard_a_hub_folder_and_a_full_target_are_refused(
-    original, hub_folder, tmp_path, capsys
-):
-    assert "no original LLaVA" in refuse(capsys, hub_folder, tmp_path / "out")
+def test_files_of_another_kind_are_refused_in_one_line(original, hub_folder, tmp_path, capsys):
+    """A list for tensors, integer weights, too few words, and JSON that is no tokenizer's."""
+    assert "no original LLaVA: KeyError('mm_vision" in refuse(capsys, hub_folder, tmp_path / "out")
+    tensors = original_tensors(hub_folder)
+    norm = {"model.norm.weight": torch.ones(64, dtype=torch.int8)}
+    words = {"lm_head.weight": tensors["lm_head.weight"][:-1].clone()}
+    bad_shards = {
+        "holds no original LLaVA: AttributeError": [torch.ones(3)],
+        "model.norm.weight is torch.int8, wanted plain floats": norm,
+        "lm_head.weight is (31999, 64), wanted (32064, 64)": words,
+    }
+    for message, shard in bad_shards.items():
+        torch.save(shard, original / "pytorch_model-2.bin")  # read last
+        assert message in refuse(capsys, original, tmp_path / "out")
+    (original / "pytorch_model-2.bin").write_bytes(b"PK\x03\x04 and no more")
+    assert "pytorch_model-2.bin is broken" in refuse(capsys, original, tmp_path / "out")
+    for text in ("{", '{"model": {"type": "BPE"}}'):
+        (original / "tokenizer.json").write_text(text)
+        assert "tokenizer.json is no tokenizer (" in refuse(capsys, original, tmp_path / "out")
+    (tmp_path / CLIP.split("/")[1] / "preprocessor_config.json").unlink()
+    assert "preprocessor_config.json is missing" in refuse(capsys, original, tmp_path / "out")
+
+
+def test_a_missing_shard_and_a_full_target_are_refused(original, hub_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         convert(original, hub_folder)
-    assert "holds config.json already" in capsys.readouterr().err
+    assert "exists already: choose another folder" in capsys.readouterr().err
     (original / "pytorch_model-1.bin").unlink()
-    assert "not found" in refuse(capsys, original, tmp_path / "out")
+    assert "is missing; " in refuse(capsys, original, tmp_path / "out")
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_model(original, tmp_path, capsys):
+    """It ended in a traceback, because the error of safetensors is none of Python's own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # bytes of a file
+    try:
+        assert "could not be written" in refuse(capsys, original, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert convert(original, tmp_path / "out").is_dir()
