@@ -12,6 +12,7 @@ Not here: prompts, losses (vladva.py), benchmarks (eval.py), public caption file
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import re
 import struct
 import sys
 import typing
+import warnings
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,13 +32,12 @@ import torch.distributed as dist
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import DTYPES, LVLMConfig, check_supported, read_json, shard_files
+from model import DTYPES, LVLMConfig, check_supported, read_json, shard_files, write_whole
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,10 +54,10 @@ MODELS = {  # name: a folder or a hub id
 def model_folder(name: str | Path) -> Path:
     """The folder of a model: one of MODELS, a folder, or a hub id, fetched if it is not cached."""
     repo = MODELS.get(str(name), str(name))
-    if Path(repo).is_dir():
+    if os.path.isdir(repo):
         return Path(repo)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
-        raise ValueError(f"no model {repo!r}: give {', '.join(MODELS)}, a hub id or a folder")
+        raise ValueError(f"no model {repo!r:.99}: give {', '.join(MODELS)}, a hub id or a folder")
     files = ["*.safetensors", "*.json"]  # no pickles
     # the cache first, without the network; what an interrupted download left does not count
     try:
@@ -79,8 +80,10 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, config: LVLMConfig):
         path = Path(folder) / "tokenizer.json"
-        read_json(path)  # one clear line when it is missing or broken
-        self.inner = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is no tokenizer ({error})") from None
         self.encode = self.inner.encode  # text -> .ids, and .offsets in characters
         self.decode = self.inner.decode  # ids -> text without special tokens
         self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
@@ -95,7 +98,7 @@ class Tokenizer:
             problem = f"no {config.image_token} at id {config.image_token_id}"
         elif self.inner.id_to_token(config.eos_token_id) is None:
             problem = f"no token at id {config.eos_token_id}, the end of a text"
-        elif bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+        elif bos is not None and (ids[:1] != [bos] or ids.count(bos) != 1):
             problem = f"not one token {bos} at the beginning of a text"
         elif max(self.inner.get_vocab().values()) >= config.decoder.vocab_size:
             problem = f"ids beyond the {config.decoder.vocab_size} embeddings"
@@ -105,7 +108,8 @@ class Tokenizer:
     def validate_text(self, text: str) -> str:
         """The text without spaces at its ends; ValueError: empty, or with a special token."""
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"empty text {text!r}: a caption or prompt needs words")
+            raise ValueError(f"empty text {text!r:.60}: a caption or prompt needs words")
+        text.encode()  # refuses, as UnicodeEncodeError, the half characters that JSON may hold
         for token in self.special_tokens:
             if token in text:
                 raise ValueError(f"text holds the special token {token!r}: {text[:60]!r}")
@@ -114,10 +118,10 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised template; the other fields index into input_ids. With 2 image tokens:
+    r"""One tokenised template; the other fields index into input_ids. With 2 image tokens:
 
-    <s> USER : Summarize .. word : <image> <image> \\n ASSISTANT : USER .. ASSISTANT : a red .. </s>
-               ^ prompt_start                                   ^ summary_index     ^ caption_start
+    <s> USER : Summarize .. word : <image> <image> \n ASSISTANT : USER .. ASSISTANT : a red .. </s>
+               ^ prompt_start                                  ^ summary_index      ^ caption_start
     """
 
     input_ids: list[int]
@@ -135,7 +139,7 @@ def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, i
     return before + prompt + after.replace("{caption}", caption), len(before)
 
 
-def find_spans(offsets, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
+def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
     """(prompt_start, prompt_length, summary_index); offsets: (start, end) character per token."""
     # by characters in one tokenisation of the whole: the parts tokenised apart give other ids,
     # because a tokenizer may join characters across their borders
@@ -153,10 +157,8 @@ def find_spans(offsets, prefix: str, prompt: str, prompt_char: int) -> tuple[int
 
 class Movable:
     # a frozen dataclass cannot change in place: a copy, with all that can move on the device
-    def to(self, device):
-        moved = {}
-        for name, value in vars(self).items():
-            moved[name] = value.to(device) if hasattr(value, "to") else value
+    def to(self, device: str | torch.device) -> typing.Any:
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()}
         return type(self)(**moved)
 
 
@@ -187,28 +189,25 @@ class Batch(Movable):
 
 def collate(sequences: list[TokenSequence], pad_token_id: int, image_token_id: int) -> Batch:
     """Pad sequences on the right, where causal attention never lets a real token see it."""
-    ids = [torch.tensor(sequence.input_ids) for sequence in sequences]
-    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)  # (B, T)
-    width = input_ids.shape[1]
-    # the state at t - 1 predicts the caption token at t
-    caption_index = []
+    rows = [torch.tensor(sequence.input_ids) for sequence in sequences]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)  # (B, T)
+    in_caption = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         if sequence.caption_start is not None:
-            end = len(sequence.input_ids)
-            caption_index += range(row * width + sequence.caption_start - 1, row * width + end - 1)
-    caption_index = torch.tensor(caption_index, dtype=torch.long)  # (M,)
+            in_caption[row, sequence.caption_start : len(sequence.input_ids)] = True
     # images have rotary positions in some architectures, texts never
     position_ids = None
     if sequences[0].position_ids is not None:
-        ids = [sequence.position_ids.T for sequence in sequences]  # B times (T, 3)
-        position_ids = pad_sequence(ids, batch_first=True).permute(2, 0, 1)  # (3, B, T)
+        rows = [sequence.position_ids.T for sequence in sequences]  # B times (T, 3)
+        position_ids = pad_sequence(rows, batch_first=True).permute(2, 0, 1)  # (3, B, T)
     return Batch(
         input_ids=input_ids,
         prompt_start=torch.tensor([sequence.prompt_start for sequence in sequences]),
         summary_index=torch.tensor([sequence.summary_index for sequence in sequences]),
         image_token_index=(input_ids == image_token_id).nonzero().T,
-        caption_index=caption_index,
-        caption_targets=input_ids.flatten()[caption_index + 1],
+        # the state at t - 1 predicts the caption token at t
+        caption_index=in_caption.flatten().nonzero()[:, 0] - 1,
+        caption_targets=input_ids[in_caption],
         prefix_width=max(sequence.summary_index for sequence in sequences) + 1,
         position_ids=position_ids,
     )
@@ -225,7 +224,7 @@ class TrainingBatch(Movable):
     further_texts: Batch | None  # E sequences, for losses that take "texts"
 
     def prefixes(self) -> "TrainingBatch":
-        return replace(self, images=self.images and self.images.prefixes())
+        return replace(self, images=self.images.prefixes() if self.images else None)
 
     @property
     def caption_targets(self) -> Tensor:  # (M,)
@@ -240,9 +239,15 @@ class TrainingBatch(Movable):
 # -------------------------------------------------------------------------------------- images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+# pixels alone: Pillow would start Ghostscript for an EPS, whatever the name of its file
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+MAX_PIXELS = 64_000_000  # 256 MB once decoded
+MAX_RATIO = 200  # of the longer side to the shorter one, as in Qwen2-VL
+MAX_SIDE = 10_000  # what is longer is made smaller: "pad" makes a square of it, 400 MB
+# what Pillow raises on files that are broken in 20,000 ways
 PILLOW_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, EOFError)
-PILLOW_ERRORS += (ArithmeticError, RuntimeError, MemoryError, Image.DecompressionBombError)
-PILLOW_ERRORS += (struct.error, zlib.error)
+PILLOW_ERRORS += (ArithmeticError, AssertionError, RuntimeError, MemoryError, struct.error)
+PILLOW_ERRORS += (zlib.error, Image.DecompressionBombError)
 
 
 def names_image(argument: str) -> bool:
@@ -253,20 +258,27 @@ def names_image(argument: str) -> bool:
 def open_image(source: str | Path | Image.Image) -> Image.Image:
     """A path or a PIL image of any mode -> RGB, upright (EXIF); ValueError names a bad file."""
     if not isinstance(source, Image.Image):
-        if not os.path.isfile(source):
+        if not os.path.isfile(source):  # nor is a pipe, on which reading would wait
             raise ValueError(f"{source}: no such image file")
         try:
-            with Image.open(source) as image:
+            with Image.open(source, formats=IMAGE_FORMATS) as image:
                 return open_image(image)
         except PILLOW_ERRORS as error:
-            raise ValueError(f"{source}: cannot be decoded as an image ({error!r})") from None
+            raise ValueError(f"{source}: cannot be decoded as an image ({error!r:.200})") from None
+    # before a pixel is decoded: 500 bytes may ask for gigabytes, here or when they are resized
+    shorter, longer = sorted(source.size)
+    if shorter * longer > MAX_PIXELS or longer > MAX_RATIO * shorter:
+        limits = f"{MAX_PIXELS:,} in all, {MAX_RATIO} to 1"
+        raise ValueError(f"{longer:,} x {shorter:,} pixels, wanted at most {limits}")
     image = ImageOps.exif_transpose(source)
     # Pillow would clip 16-bit greys to white: they keep their upper 8 bits
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image).astype(np.float32)
         values = values / 256 if values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
 
 
 def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
@@ -276,22 +288,19 @@ def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
     if path.exists() or not newer.exists():
         return path, read_json(path)
     # transformers 5 writes the settings into the file that older ones have beside them
-    settings = read_json(newer).get("image_processor")
-    if settings is None:
-        raise ValueError(f"{path} is missing and {newer} holds no image_processor: one is needed")
-    return newer, settings
+    return newer, read_json(newer).get("image_processor")
 
 
 class ImageProcessor:
     """CLIP's preprocessing: shortest edge to the tower's side, then the centre; or "pad" first."""
 
-    def __init__(self, folder: str | Path, lvlm_config: LVLMConfig, vladva_config):
+    def __init__(self, folder: str | Path, lvlm_config: LVLMConfig, vladva_config: typing.Any):
         path, settings = read_image_settings(folder)
         side = lvlm_config.vision.image_size
-        supported = {"size": ({"shortest_edge": side}, side), "resample": (3,)}
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        supported = dict.fromkeys(steps, (True,)) | {"resample": (3,), "rescale_factor": (1 / 255,)}
+        supported |= {"size": ({"shortest_edge": side}, side)}
         supported |= {"crop_size": ({"height": side, "width": side}, side)}
-        supported |= {"rescale_factor": (1 / 255,), "do_resize": (True,), "do_rescale": (True,)}
-        supported |= {"do_center_crop": (True,), "do_normalize": (True,)}
         check_supported(settings, supported, str(path))
         if vladva_config.min_pixels or vladva_config.max_pixels:
             raise ValueError(f"LLaVA-1.5 takes images of {side} x {side}: no pixel budget to set")
@@ -329,12 +338,14 @@ def normalize_pixels(image: Image.Image, mean: np.ndarray, std: np.ndarray) -> T
 
 MAX_CAPTION_TOKENS = {"short": 29, "long": 500}  # paper Sec. 3.2: under 30; 30 to 500
 MIN_CAPTION_TOKENS = {"short": 1, "long": 30}
+MAX_LINE_BYTES = 1 << 20
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)""")
 
 
 def truncate_caption(text: str, side: str, tokenizer: Tokenizer) -> str:
     """A caption over MAX_CAPTION_TOKENS[side], cut after a sentence, or else after a word."""
-    encoding = tokenizer.encode(tokenizer.validate_text(text), add_special_tokens=False)
+    text = tokenizer.validate_text(text)  # without spaces at its ends, as the offsets count
+    encoding = tokenizer.encode(text, add_special_tokens=False)
     limit = MAX_CAPTION_TOKENS[side]
     if len(encoding) <= limit:
         return text
@@ -343,12 +354,13 @@ def truncate_caption(text: str, side: str, tokenizer: Tokenizer) -> str:
     most = min(encoding.offsets[limit - 1][1], encoding.offsets[limit][0])
     # the last sentence that fits, else the last word, else in the middle of a word
     sentence_ends = [m.end() for m in SENTENCE_END.finditer(text) if least <= m.end() <= most]
-    word_ends = [m.start() for m in re.finditer(r"\s+", text[: most + 1]) if m.start() > 0]
+    word_ends = [m.start() for m in re.finditer(r"\s+", text[: most + 1])]
     return text[: [most, *word_ends, *sentence_ends][-1]]
 
 
+# A row of a pairs file that cannot be used: the message names file and line.
 class BadRow(ValueError):
-    """A row of a pairs file that cannot be used; the message names file and line."""
+    pass
 
 
 def parse_row(line: str, where: str) -> dict:
@@ -359,35 +371,36 @@ def parse_row(line: str, where: str) -> dict:
         raise BadRow(f"{where}: not a JSON object ({error})") from None
     wanted = '{"image": "path", "short": caption or captions, "long": caption}'
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-        raise BadRow(f"{where}: wanted {wanted}, got {line.strip()[:80]}")
+        raise BadRow(f"{where}: wanted {wanted}, got {line:.80}")
     # a misspelled key would silently cost all its captions
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
     if unknown:
         raise BadRow(f"{where}: unknown keys {unknown}, wanted {wanted}")
     # null means absent, one short caption is a list of one
-    short, long = row.get("short"), row.get("long")
-    if not isinstance(short, list):
-        short = [] if short is None else [short]
-    for caption in short if long is None else [*short, long]:
+    row = {key: value for key, value in row.items() if value is not None}
+    row = {"short": [], "long": None, "generated": {}} | row
+    if not isinstance(row["short"], list):
+        row["short"] = [row["short"]]
+    for caption in row["short"] if row["long"] is None else [*row["short"], row["long"]]:
         if not isinstance(caption, str) or not caption.strip():
-            raise BadRow(f"{where}: empty caption or no text, {caption!r}: leave its key out")
-    generated = row.get("generated") or {}
-    if not isinstance(generated, dict):
-        raise BadRow(f"{where}: generated is {generated!r}, wanted an object")
-    return {"image": row["image"], "short": short, "long": long, "generated": generated}
+            raise BadRow(f"{where}: empty caption or no text: leave its key out: {line:.80}")
+    if not isinstance(row["generated"], dict):
+        raise BadRow(f"{where}: generated is {str(row['generated'])!r:.80}, wanted an object")
+    return row
 
 
-def line_starts(path: Path, chunk: int = 1 << 22) -> np.ndarray:
+# Of a file that another file names: not by an absolute name, "..", or a link that leads elsewhere.
+def inside(folder: Path, name: str, root: str | None = None) -> Path:
+    real = Path(os.path.realpath(folder / name))
+    if not real.is_relative_to(os.path.realpath(root or folder)):
+        raise ValueError(f"{name!r:.99} is not in {root or folder}: --images DIR allows another")
+    return folder / name
+
+
+def line_starts(path: Path) -> np.ndarray:
     """Byte at which each line begins, and the end of the file: (lines + 1,)."""
-    # in chunks: 8 million lines are too many for a Python loop, and for memory at once
-    starts = [np.zeros(1, dtype=np.int64)]
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        for offset in range(0, size, chunk):
-            block = np.frombuffer(file.read(chunk), dtype=np.uint8)
-            starts.append(np.flatnonzero(block == ord("\n")) + offset + 1)
-    starts = np.concatenate(starts)
-    return starts if starts[-1] == size else np.append(starts, size)
+        return np.fromiter(itertools.accumulate(map(len, file), initial=0), dtype=np.int64)
 
 
 class Pairs:
@@ -395,9 +408,10 @@ class Pairs:
 
     group_size = 1  # neighbouring rows that share a batch
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer):
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, images: str | None = None):
         self.path = Path(path)
         self.tokenizer = tokenizer
+        self.images = images  # the folder that images may lie in; None: that of the file
         if not self.path.is_file():
             raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
         self.starts = line_starts(self.path)
@@ -410,20 +424,21 @@ class Pairs:
     def parse(self, index: int) -> dict:
         """Row `index` with its image as a path and its captions truncated; BadRow says why not."""
         number = self.numbers[index]
-        start, end = self.starts[number : number + 2].tolist()
-        line = os.pread(self.file.fileno(), end - start, start)  # safe in several processes at once
         where = f"{self.path}:{number + 1}"
+        start, end = self.starts[number : number + 2].tolist()
+        if end - start > MAX_LINE_BYTES:
+            raise BadRow(f"{where}: {end - start:,} bytes, wanted at most {MAX_LINE_BYTES:,}")
+        line = os.pread(self.file.fileno(), end - start, start)  # safe in several processes at once
         row = parse_row(line.decode("utf-8", errors="replace"), where)
         if not row["short"] and row["long"] is None:
             raise BadRow(f"{where}: neither a short nor a long caption")
         try:
-            tokenizer = self.tokenizer
-            row["short"] = [truncate_caption(text, "short", tokenizer) for text in row["short"]]
-            if row["long"] is not None:
-                row["long"] = truncate_caption(row["long"], "long", tokenizer)
+            image = inside(self.path.parent, row["image"], self.images)
+            short = [truncate_caption(text, "short", self.tokenizer) for text in row["short"]]
+            long = row["long"] and truncate_caption(row["long"], "long", self.tokenizer)
         except ValueError as error:
             raise BadRow(f"{where}: {error}") from None
-        return row | {"image": self.path.parent / row["image"], "where": where}
+        return row | {"image": image, "short": short, "long": long, "where": where}
 
     def row(self, index: int, rng: random.Random) -> dict:
         """Row `index`, its image opened, with one of its short captions, which rng draws."""
@@ -457,36 +472,32 @@ class Pairs:
 
 
 class BadRows:
-    """Rows that cannot be used: named once, and replaced by the file's next row that can.
-
-    All processes hold the same list; the first one prints and writes it.
-    """
+    """Rows that cannot be used, named once; all processes hold the list, the first one prints."""
 
     def __init__(self):
-        self.path, self.messages = None, []
+        self.path = os.devnull
+        self.messages = []
         self.rows_tried = 0  # by hold_out, before training
 
-    # from now on, and behind those of a run that was interrupted
     def write_to(self, path: Path) -> None:
-        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        new = [message for message in self.messages if message not in before]
-        self.path = path
-        self.messages = before + new
-        self.write(new)
+        """List them in a file from now on, behind those of a run that was interrupted."""
+        named = self.messages
+        self.messages = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if rank_and_world_size()[0] == 0:
+            self.path = path
+        self.add(named, quiet=True)
 
-    def add(self, messages: list[str]) -> None:
+    def add(self, messages: list[str], quiet: bool = False) -> None:
+        """Print, unless quiet, and list those that are new."""
         for message in messages:
-            message = " ".join(message.split())
-            if message not in self.messages:
-                self.messages.append(message)
-                self.write([message])
-                if rank_and_world_size()[0] == 0:
-                    print(f"left out: {message}", file=sys.stderr, flush=True)
-
-    def write(self, messages: list[str]) -> None:
-        if self.path is not None and messages and rank_and_world_size()[0] == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(f"{message}\n" for message in messages)
+            line = " ".join(message.split())[:500]
+            if line not in self.messages:
+                self.messages.append(line)
+                # a file's name may hold bytes that are no text
+                with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{line}\n")
+                if not quiet:
+                    say(f"left out: {line}", file=sys.stderr)
 
     def too_many(self, num_bad: int, rows_seen: int) -> bool:
         return num_bad > max(3, (self.rows_tried + rows_seen) / 100)
@@ -501,16 +512,7 @@ class BadRows:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    # written aside, flushed, renamed: a kill or a full disk leaves the old file as it was
-    partial = Path(f"{path}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error})") from None
+    write_whole(path, functools.partial(save_file, tensors, metadata=metadata))
 
 
 def pick_device(name: str | None) -> str:
@@ -569,23 +571,26 @@ def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 def all_gather_strings(strings: list[str]) -> list[str]:
     """The strings of all processes, in rank order."""
-    world_size = rank_and_world_size()[1]
-    if world_size == 1:
-        return strings
-    parts = [None] * world_size
-    dist.all_gather_object(parts, strings)
+    parts = [strings] * rank_and_world_size()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, strings)
     return sum(parts, [])
 
 
-def command(main):
-    """Decorator of every command: bad input ends in one line on stderr and exit code 2."""
+def command(main: typing.Callable) -> typing.Callable:
+    """Decorator of every command: what goes wrong outside it is one line and an exit code."""
 
     @functools.wraps(main)
-    def run(argv: list[str] | None = None):
+    def run(argv: list[str] | None = None) -> typing.Any:
+        if not sys.warnoptions:  # of libraries, seldom for the user: python -W default shows them
+            warnings.simplefilter("ignore")
         try:
             return main(argv)
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except (ValueError, OSError, MemoryError, RecursionError, torch.OutOfMemoryError) as error:
+            print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
             sys.exit(2)
         finally:
             if dist.is_initialized():
@@ -595,9 +600,9 @@ def command(main):
 
 
 # once, not in each process
-def say(*words) -> None:
+def say(*words: typing.Any, file: typing.Any = None) -> None:
     if rank_and_world_size()[0] == 0:
-        print(*words, flush=True)
+        print(*words, file=file, flush=True)
 
 
 def batches(items: typing.Sequence, batch_size: int, title: str) -> typing.Iterator[list]:
@@ -612,47 +617,44 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = []
     for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    model_help = f"{', '.join(MODELS)}, a folder or a hub id (default: tiny)"
-    parser.add_argument("--model", default="tiny", help=model_help)
-    parser.add_argument("--adapter", help="folder of a training run (default: the untouched model)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add = parser.add_argument
+    add("--model", default="tiny", help=f"{', '.join(MODELS)}, a folder, a hub id (default: tiny)")
+    add("--adapter", help="folder of a training run (default: the untouched model)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     dtype_help = "of the weights (default: bfloat16 on cuda, float32 on the cpu if it fits)"
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help=dtype_help)
+    add("--dtype", choices=sorted(DTYPES), help=dtype_help)
 
 
-def flag(default, help: str, low=None, high: float = float("inf"), choices=None):
-    """A dataclass field that is a command-line flag too, with its help and bounds."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def flag(default: typing.Any, help: str, **limits: typing.Any) -> typing.Any:
+    """A dataclass field that is also a command-line flag; limits: low, high, or choices."""
+    return field(default=default, metadata={"help": help, "high": float("inf"), **limits})
 
 
 # when a config is made, not when flags are parsed: Python callers make configs too
-def check_bounds(config) -> None:
+def check_bounds(config: typing.Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
-        name = f"--{f.name.replace('_', '-')}"
-        low, high, choices = (f.metadata.get(key) for key in ("low", "high", "choices"))
-        if None not in (value, low) and not low <= value <= high:
-            raise ValueError(f"{name} is {value}: wanted {low} to {high}")
-        if None not in (value, choices) and value not in choices:
-            raise ValueError(f"{name} is {value!r}: wanted {' or '.join(map(repr, choices))}")
+        low, high, choices = map(f.metadata.get, ("low", "high", "choices"))
+        wanted = None
+        if value is not None and low is not None and not low <= value <= high:
+            wanted = f"{low} to {high}"
+        if value is not None and choices is not None and value not in choices:
+            wanted = " or ".join(map(repr, choices))
+        if wanted:
+            raise ValueError(f"--{f.name.replace('_', '-')} is {value!r}: wanted {wanted}")
 
 
 # defaults live in the dataclass alone; fields without help are for Python callers
-def add_config_flags(parser: argparse.ArgumentParser, cls) -> None:
-    for f in fields(cls):
-        if "help" not in f.metadata:
-            continue
-        name = f"--{f.name.replace('_', '-')}"
+def add_config_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    for f in filter(lambda f: "help" in f.metadata, fields(cls)):
         default = "" if f.default is None else f" (default: {f.default})"
         options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
         kind = (typing.get_args(f.type) or (f.type,))[0]
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
-        else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **options)
+        options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
