@@ -490,11 +490,11 @@ class BadRows:
     def add(self, messages: list[str], quiet: bool = False) -> None:
         """Print, unless quiet, and list those that are new."""
         for message in messages:
-            line = " ".join(message.split())[:500]
+            # one line of text: names of files may hold bytes that are none
+            line = " ".join(message.split())[:500].encode(errors="backslashreplace").decode()
             if line not in self.messages:
                 self.messages.append(line)
-                # a file's name may hold bytes that are no text
-                with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                with open(self.path, "a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
                 if not quiet:
                     say(f"left out: {line}", file=sys.stderr)

@@ -1,7 +1,11 @@
 """Files: images of any mode, preprocessing step by step, captions cut, pairs refused by line."""
 
+import io
 import json
+import os
 import random
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +94,61 @@ def test_a_broken_image_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=BROKEN_IMAGES[name]) as error:
         data.open_image(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_an_image_of_gigabytes_is_refused_before_it_is_decoded(tmp_path):
+    """A file of 467 bytes, 1 x 200,000 pixels, took 8.5 GB when its shorter side was enlarged."""
+    for size, message in (
+        ((1, 200_000), "200,000 x 1 pixels"),
+        ((8001, 8000), "at most 64,000,000"),
+    ):
+        Image.new("1", size).save(tmp_path / "large.png")
+        with pytest.raises(ValueError, match=f"large.png.*{message}"):
+            data.open_image(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="201 x 1 pixels, .* 200 to 1"):
+        data.open_image(Image.new("L", (1, 201)))
+    # "pad" would make a square of its longer side
+    Image.new("L", (12_000, 60)).save(tmp_path / "long.png")
+    assert data.open_image(tmp_path / "long.png").size == (10_000, 50)
+
+
+def test_only_regular_files_of_pixels_are_opened(tmp_path):
+    """Pillow starts Ghostscript for an EPS of any name; reading from a pipe waits for ever."""
+    gradient().save(tmp_path / "drawing.jpg", format="EPS")
+    with pytest.raises(ValueError, match="drawing.jpg: cannot be decoded"):
+        data.open_image(tmp_path / "drawing.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="pipe.jpg: no such image file"):
+        data.open_image(tmp_path / "pipe.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF"])
+def test_whatever_is_broken_in_a_file_is_a_value_error_with_its_name(tmp_path, kind):
+    """Pillow raises a dozen kinds of errors: a broken EXIF block alone gave four of them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = io.BytesIO()
+    gradient().save(whole, format=kind, exif=exif)
+    rng = random.Random(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(60):
+            broken = bytearray(whole.getvalue())
+            for _ in range(rng.choice((1, 2, 8))):
+                broken[rng.randrange(min(300, len(broken)))] = rng.randrange(256)
+            (tmp_path / "broken").write_bytes(broken)
+            try:
+                assert data.open_image(tmp_path / "broken").mode == "RGB"
+            except ValueError as error:
+                assert str(tmp_path / "broken") in str(error)
+
+
+def test_a_long_text_names_no_image():
+    """A caption of 300 characters used to be a file name too long."""
+    assert not data.names_image("a red circle " * 25)
+    assert not data.names_image("a\0b")
+    assert data.names_image("A.JPG")
+    assert data.names_image(__file__)
 
 
 # ------------------------------------------------------------------------------- preprocessing
@@ -186,6 +245,12 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         data.Tokenizer(tmp_path, CONFIG)
 
 
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
+        data.Tokenizer(tmp_path, CONFIG)
+
+
 # ------------------------------------------------------------------------- captions that are long
 
 SENTENCE = "a red circle is above a small blue square. "  # 10 tokens
@@ -216,6 +281,16 @@ def test_a_long_caption_is_not_cut_below_30_tokens_for_the_sake_of_a_sentence(to
     cut = data.truncate_caption(text, "long", tokenizer)
     assert text.startswith(cut)
     assert len(tokenizer.encode(cut).ids) > 490
+
+
+def test_spaces_around_a_caption_do_not_move_the_place_where_it_is_cut(tokenizer):
+    """Tokens were counted in the stripped text, and the cut was made in the other one."""
+    text = SENTENCE * 3
+    expected = data.truncate_caption(text.strip(), "short", tokenizer)
+    assert expected == (SENTENCE * 2).strip()
+    for spaced in (" " * 30 + text, "\n" + text + "\t ", text + " " * 30):
+        assert data.truncate_caption(spaced, "short", tokenizer) == expected
+    assert data.truncate_caption("  a red circle ", "short", tokenizer) == "a red circle"
 
 
 # --------------------------------------------------------------------------------------- pairs
@@ -250,6 +325,17 @@ BAD = {  # kind: (row, what is said of it)
     "wrong type of long": ({"image": "whole.jpg", "long": 3}, "caption"),
     "special token": ({"image": "whole.jpg", "short": "an <image>"}, "special token"),
     "generated": ({"image": "whole.jpg", "short": "x", "generated": "y"}, "generated is 'y'"),
+    "nested": ('{"image": "whole.jpg", "short": %s}' % ("[" * 10**5), "not a JSON object"),
+    "nested caption": ({"image": "whole.jpg", "short": [[[["x"]]]]}, "caption"),
+    "5,000 digits": ('{"image": "whole.jpg", "short": %s}' % ("9" * 5000), "not a JSON object"),
+    "half a character": ({"image": "whole.jpg", "short": "a \ud800 b"}, "surrogates"),
+    "half a character in a name": ({"image": "\ud800.jpg", "short": "x"}, "surrogates"),
+    "a byte that is no text": ({"image": "\udc80.jpg", "short": "x"}, "no such image"),
+    "name too long": ({"image": "x" * 300 + ".jpg", "short": "x"}, "no such image"),
+    "NUL in a name": ({"image": "a\0.jpg", "short": "x"}, "null byte"),
+    "long line": ({"image": "whole.jpg", "short": "x" * 2**20}, "bytes, wanted at most 1,048,576"),
+    "absolute name": ({"image": "/etc/hostname", "short": "x"}, "'/etc/hostname' is not in "),
+    "name that leads out": ({"image": "../whole.jpg", "short": "x"}, "'../whole.jpg' is not in "),
 }
 
 
@@ -273,6 +359,26 @@ def test_a_bad_row_is_refused_with_file_and_line(tmp_path, tokenizer, kind):
     with pytest.raises(data.BadRow, match=message) as error:
         pairs.row(2, random.Random(0))
     assert "pairs.jsonl:3: " in str(error.value)
+
+
+def test_images_are_read_only_below_the_folder_of_the_file_or_the_one_that_is_named(
+    tmp_path, tokenizer
+):
+    """Names are data of whoever wrote the file: "..", and links, could name any image of a disk."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "link.jpg").symlink_to(tmp_path / "whole.jpg")
+    rows = [{"image": name, "short": "x"} for name in ("link.jpg", "../whole.jpg", "whole.jpg")]
+    path = pairs_file(folder, *rows)
+    write_images(tmp_path)
+    pairs = data.Pairs(path, tokenizer)
+    for index in (0, 1):
+        with pytest.raises(data.BadRow, match=rf"jsonl:{index + 1}: .* --images"):
+            pairs.row(index, random.Random(0))
+    assert pairs.row(2, random.Random(0))["short"] == "x"
+    pairs = data.Pairs(path, tokenizer, images=str(tmp_path))
+    for index in range(3):
+        assert pairs.row(index, random.Random(0))["short"] == "x"
 
 
 def test_empty_lines_and_a_missing_line_feed_at_the_end_are_no_rows_and_no_fault(
@@ -403,7 +509,63 @@ def test_a_bad_row_is_named_once_and_listed_once_even_after_a_restart(tmp_path, 
     assert again.messages == [*lines, "a:9: broken"]
 
 
+def test_a_bad_row_with_a_name_that_is_no_text_is_listed(tmp_path, capsys):
+    bad_rows = data.BadRows()
+    bad_rows.write_to(tmp_path / "bad_rows.txt")
+    bad_rows.add(["a:1: \udc80.jpg: no such image file", "b" * 10**6])
+    assert (tmp_path / "bad_rows.txt").read_text().startswith(r"a:1: \udc80.jpg: no such")
+    assert (tmp_path / "bad_rows.txt").stat().st_size < 1000
+
+
 # ---------------------------------------------------------------------------------- small tools
+
+ERRORS = {  # what a command may end with: the line on stderr, the exit code
+    ValueError("--lr is -1:\n wanted more"): ("error: --lr is -1: wanted more", 2),
+    OSError(28, "No space left on device"): ("error: [Errno 28] No space left on device", 2),
+    MemoryError(): ("error: out of memory", 2),
+    RecursionError("too deep"): ("error: too deep", 2),
+    torch.cuda.OutOfMemoryError("CUDA out of memory."): ("error: CUDA out of memory.", 2),
+    KeyboardInterrupt(): ("interrupted", 130),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_command_ends_in_one_line_and_an_exit_code(capsys, error):
+    @data.command
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert (capsys.readouterr().err, stopped.value.code) == (
+        f"{ERRORS[error][0]}\n",
+        ERRORS[error][1],
+    )
+
+
+def test_warnings_of_libraries_are_shown_only_where_they_were_asked_for(capsys, monkeypatch):
+    @data.command
+    def main(argv=None):
+        warnings.warn("corrupt EXIF data", stacklevel=1)
+        return 1
+
+    for options in ([], ["default"]):
+        with warnings.catch_warnings():
+            monkeypatch.setattr(
+                warnings, "showwarning", lambda *args: print("shown", file=sys.stderr)
+            )
+            monkeypatch.setattr(sys, "warnoptions", options)
+            warnings.simplefilter("default")
+            assert main([]) == 1
+        assert bool(capsys.readouterr().err) == bool(options)
+
+
+def test_a_file_is_not_written_through_a_link_that_somebody_made(tmp_path):
+    (tmp_path / "victim").write_text("as it was")
+    (tmp_path / "a.safetensors.partial").symlink_to(tmp_path / "victim")
+    data.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    assert (tmp_path / "victim").read_text() == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "victim"]
 
 
 def test_a_file_of_tensors_is_there_whole_or_not_at_all(tmp_path):

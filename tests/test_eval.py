@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -141,10 +142,10 @@ def refusal(capsys, tmp_path, task, *flags):
     return err
 
 
-def read(tmp_path, task):
+def read(tmp_path, task, *flags):
     """The benchmark as the command reads it."""
     parser = benchmarks.build_parser()
-    return benchmarks.read_benchmark(parser.parse_args(flags_of(tmp_path, task)))
+    return benchmarks.read_benchmark(parser.parse_args(flags_of(tmp_path, task, *flags)))
 
 
 def karpathy_row(name, split, captions, **more):
@@ -227,10 +228,16 @@ def test_nocaps_is_the_mean_of_its_domains(tmp_path, capsys):
     results = evaluate(tmp_path, "nocaps", image_emb=emb, text_emb=emb)
     scores, counts = results["scores"], results["counts"]
     assert scores["text_to_image R@1"] == 100
+    assert "6 images, 6 captions, 2 in-domain" in capsys.readouterr().out
     assert [counts[f"{domain}-domain"] for domain in ("in", "near", "out")] == [2, 2, 2]
     assert scores["out-domain image_to_text R@1"] == 100
     # 0 and 2, 1 and 3 tie
     assert scores["whole gallery text_to_image R@1"] == pytest.approx(100 / 3)
+    # an image may have as many captions as it likes, 10 in the published file: all of them count
+    captions += [captions[0] | {"caption": f"again {i}"} for i in range(9)]
+    write(file, {"images": images, "annotations": captions})
+    assert len(read(tmp_path, "nocaps").texts) == 15
+    assert len(read(tmp_path, "nocaps", "--captions", "2").texts) == 7
     for row in images:
         del row["domain"]
     write(file, {"images": images, "annotations": captions})
@@ -336,6 +343,12 @@ def test_imagenet_with_two_classes_of_one_name(tmp_path, capsys):
     # class directions 10, 90 and 200 degrees: the second image is taken for a tench
     assert results["scores"]["top-1"] == 75
     assert results["counts"] == {"images": 4, "classes": 3, "templates": 3}
+    # with equal prompts the two classes tie: the first is taken, as argmax does
+    text_emb = directions(0, 80, 0, 20, 100, 20, 10, 90, 10)
+    image_emb = directions(0, 10, 90, 10)
+    results = evaluate(tmp_path, "imagenet", *flags, image_emb=image_emb, text_emb=text_emb)
+    assert results["scores"] == {"top-1": 75, "top-5": 100}
+    assert "of classes that tie, as two of one name do, the first" in capsys.readouterr().out
     write_image(tmp_path / "val" / "n04" / "e.JPEG")
     assert "4 class folders" in refusal(capsys, tmp_path, "imagenet", *flags)
 
@@ -403,11 +416,25 @@ KARPATHY_FILE = "dataset_flickr30k.json"
         ("winoground", "examples.jsonl", '{"id": 0}\n{"id":', "KeyError: 'image_0'"),
         ("winoground", "examples.jsonl", '{"id":', "JSONDecodeError"),
         ("sugarcrepe", "replace_obj.json", '{"0": {"caption": "x"}}', "'negative_caption'"),
+        ("flickr30k", KARPATHY_FILE, '{"images": %s}' % ("[" * 10**5), "dataset_flickr30k.json"),
     ],
 )
 def test_files_in_another_format_are_refused(tmp_path, capsys, task, name, text, message):
     write(tmp_path / name, text)
     assert message in refusal(capsys, tmp_path, task)
+
+
+def test_a_file_names_only_images_in_its_folder_or_in_the_one_that_is_named(tmp_path, capsys):
+    """ "..", an absolute name or a link would have read any image of the disk."""
+    folder = tmp_path / "benchmark"
+    write_image(tmp_path / "outside.jpg")
+    folder.mkdir()
+    (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "link.jpg"):
+        write(folder / KARPATHY_FILE, {"images": [karpathy_row(name, "test", ["a"])]})
+        assert f"{name!r} is not in {folder}: --images" in refusal(capsys, folder, "flickr30k")
+        benchmark = read(folder, "flickr30k", "--images", str(tmp_path))
+        assert benchmark.images[0].resolve() == tmp_path / "outside.jpg"
 
 
 def write_flickr(tmp_path, same_images=True):
@@ -480,6 +507,78 @@ def test_saved_embeddings_score_the_same_and_refuse_another_benchmark(
         assert message in refusal(capsys, tmp_path, "flickr30k")
     file.write_text("not an archive")
     assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k")
+
+
+BROKEN_EMBEDDINGS = {  # kind: (arrays instead of the whole ones, what is said of them)
+    "one vector": ({"image_emb": np.ones(3)}, "image_emb is float64 (3,), wanted (3, D)"),
+    "complex": ({"image_emb": np.ones((3, 4), complex)}, "image_emb is complex128"),
+    "texts": ({"text_emb": np.full((6, 4), "a")}, "text_emb is <U1"),
+    "objects": ({"text_emb": np.full((6, 4), None)}, "cannot be read as .npz (Object arrays"),
+    "no width": ({"text_emb": np.ones((6, 0))}, "wanted (6, D) finite numbers"),
+    "other widths": ({"text_emb": np.ones((6, 5))}, "image_emb is (3, 4), text_emb (6, 5)"),
+    "a row of zeros": ({"text_emb": np.ones((6, 4)) * [[0]] + 0.0}, "not all 0"),
+    "infinite": ({"text_emb": np.full((6, 4), np.inf)}, "finite numbers"),
+    "short names": ({"images": ["1.jpg", "2.jpg"]}, "its images are not the benchmark's"),
+    "too large": ({"image_emb": np.zeros((3, 200_000), np.int8)}, "image_emb has over 394,240"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_EMBEDDINGS)
+def test_embeddings_that_do_not_fit_are_one_line(tmp_path, capsys, kind):
+    write_flickr(tmp_path)
+    changes, message = BROKEN_EMBEDDINGS[kind]
+    np.savez(
+        tmp_path / "emb.npz",
+        **{"image_emb": np.ones((3, 4)), "text_emb": np.ones((6, 4))} | changes,
+    )
+    assert message in refusal(capsys, tmp_path, "flickr30k")
+
+
+def test_a_file_that_is_no_whole_archive_is_one_line(tmp_path, capsys):
+    write_flickr(tmp_path)
+    file = tmp_path / "emb.npz"
+    np.savez(file, image_emb=np.ones((3, 4)), text_emb=np.ones((6, 4)))
+    whole = file.read_bytes()
+    for number, content in enumerate(
+        [whole[: len(whole) // 2], whole.replace(b"descr", b"d\0scr"), b""]
+    ):
+        file.write_bytes(content)
+        assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k"), number
+    with open(file, "wb") as npy:
+        np.save(npy, np.ones((3, 4)))
+    assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k")
+
+
+def test_embeddings_of_any_magnitude_are_normalised_and_others_in_the_file_are_not_read(tmp_path):
+    """Squares of 1e200 are infinite, and 1e200 itself is in float32."""
+    write_flickr(tmp_path)
+    benchmark = read(tmp_path, "flickr30k")
+    emb = np.random.default_rng(0).normal(size=(6, 4))
+    expected = F.normalize(torch.from_numpy(emb), dim=-1).float()
+    for scale in (1e-200, 1.0, 1e200):
+        np.savez(tmp_path / "emb.npz", image_emb=scale * emb[:3], text_emb=scale * emb)
+        with zipfile.ZipFile(tmp_path / "emb.npz", "a") as archive:
+            archive.writestr("other.npy", "no array")
+        image_emb, text_emb = benchmarks.load_embeddings(str(tmp_path / "emb.npz"), benchmark)
+        assert text_emb.dtype == torch.float32
+        torch.testing.assert_close(text_emb, expected)
+        torch.testing.assert_close(image_emb, expected[:3])
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path, random_folder, monkeypatch, capsys
+):
+    """An hour of encoding used to end with "No such file or directory"."""
+    write_flickr(tmp_path)
+    monkeypatch.setattr(benchmarks, "embed_benchmark", lambda *args: pytest.fail("encoded"))
+    flags = ["--task", "flickr30k", "--folder", str(tmp_path), "--model", str(random_folder)]
+    for flag in ("--json", "--save-embeddings"):
+        for path in (tmp_path, tmp_path / "absent" / "o.json", tmp_path / ("x" * 300)):
+            with pytest.raises(SystemExit) as stopped:
+                benchmarks.main([*flags, flag, str(path)])
+            assert stopped.value.code == 2
+            assert str(path) in capsys.readouterr().err
+    assert "--captions is -1" in refusal(capsys, tmp_path, "flickr30k", "--captions", "-1")
 
 
 # --------------------------------------------------------------- rows that are kept for measuring
