@@ -21,11 +21,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained low-rank update, in the names of the LoRA paper.
-
-    lora_a: (R, in), Kaiming-uniform; lora_b: (out, R), zero. Both are float32, whatever the frozen
-    weight is stored in, and are cast where they are used.
-    """
+    """A frozen linear layer with a trained low-rank update, in the names of the LoRA paper."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -34,9 +30,10 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.enabled = True
         device = linear.weight.device
+        # in float32, whatever the frozen weight is stored in; B A is zero at the start
         lora_a = torch.empty(rank, linear.in_features, device="cpu")
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-        self.lora_a = nn.Parameter(lora_a.to(device))
+        self.lora_a = nn.Parameter(lora_a.to(device))  # (R, in)
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

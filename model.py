@@ -376,11 +376,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions.
-
-    Training passes no mask: sequences are right-padded, so a real token never sees the padding,
-    and scaled_dot_product_attention takes its fused kernel (on CUDA in bfloat16: FlashAttention).
-    """
+    """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -406,7 +402,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
         q, k, v = self.project(x, rotary)
-        # without a cache the causal mask is implied, with one it says which positions are seen
+        # no mask in training: sequences are right-padded, so that no real token sees the padding,
+        # and the fused kernel is taken (on CUDA in bfloat16: FlashAttention); with a cache the mask
+        # says which positions are seen
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
@@ -473,10 +471,9 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         state_index: Tensor | None = None,
     ) -> Tensor:
-        """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1. cache: a KVCache.
+        """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1.
 
-        state_index: (M,) flat indices b T + t of the states that are wanted, (M, D): the MLP of the
-        last block runs for these alone. None: all, (B, T, D).
+        state_index: (M,) flat indices b T + t of the states to return, (M, D); None: (B, T, D).
         """
         x = inputs_embeds
         if position_ids is None:
@@ -613,16 +610,17 @@ def shard_files(folder: Path) -> list[Path]:
     return paths
 
 
-def check_shapes(shapes: dict, wanted: dict, problem: str) -> None:
-    """Compare {name: shape} of a file with the model's; one ValueError lists all that differs."""
+def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem: str) -> None:
+    """Compare {name: tensor} of a file with the model's; one ValueError lists all that differs."""
     problems = []
-    for name in sorted(shapes.keys() | wanted.keys()):
-        if name not in shapes:
+    for name in sorted(tensors.keys() | wanted.keys()):
+        if name not in tensors:
             problems.append(f"{name} is missing")
         elif name not in wanted:
             problems.append(f"{name} is unexpected")
-        elif shapes[name] != wanted[name]:
-            problems.append(f"{name} is {tuple(shapes[name])}, wanted {tuple(wanted[name])}")
+        elif tensors[name].shape != wanted[name].shape:
+            shapes = f"{tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
+            problems.append(f"{name} is {shapes}")
     if problems:
         problem = f"{problem}: {len(problems)} tensors differ"
         raise ValueError(f"{problem}: {'; '.join(problems[:12])}")
@@ -655,12 +653,12 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
             if not tensor.is_floating_point():
                 raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted plain floats")
             state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-    if config.decoder.tie_word_embeddings:  # some tied checkpoints store the shared weight twice
-        state["lm_head.weight"] = state.get("decoder.embed_tokens.weight")
+    # some tied checkpoints store the shared weight twice
+    if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["decoder.embed_tokens.weight"]
     # all keys and shapes are compared, and what differs is listed, before anything runs
-    shapes = {name: tensor.shape for name, tensor in state.items() if tensor is not None}
-    wanted = {name: p.shape for name, p in lvlm.state_dict().items()}
-    check_shapes(shapes, wanted, f"the weights of {folder} do not fit its config.json")
+    problem = f"the weights of {folder} do not fit its config.json"
+    check_shapes(state, lvlm.state_dict(), problem)
     lvlm.load_state_dict(state, assign=True)
     if config.decoder.tie_word_embeddings:
         lvlm.lm_head.weight = lvlm.decoder.embed_tokens.weight

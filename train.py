@@ -21,13 +21,14 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -78,7 +79,9 @@ class TrainConfig:
         data.check_bounds(self)
 
 
-def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows=None) -> dict:
+def train(
+    config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows: Callable = None
+) -> dict:
     """Measure, adapt, measure again; returns what scores.json holds. open_rows: as open_data."""
     device = data.init_distributed(data.pick_device(config.device))
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
@@ -104,7 +107,7 @@ def train(config: TrainConfig, method: VladVAConfig, resume: bool = False, open_
         return report(out, held_out, before, after)
 
 
-def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainConfig) -> None:
+def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
     """The loop: one optimizer step of L = L_con + weight L_CE (paper Sec. 3.2.3) a batch."""
     out = Path(config.out)
     rank = rank_and_world_size()[0]
@@ -151,7 +154,7 @@ def adapt(model: VladVA, rows, held_out, bad_rows: data.BadRows, config: TrainCo
 
 
 # Returns the line of metrics.jsonl; ValueError when the step has broken the model.
-def run_step(model: VladVA, batch: "StepBatch", optimizer, step: int, config: TrainConfig) -> dict:
+def run_step(model: VladVA, batch: "StepBatch", optimizer: AdamW, step: int, config) -> dict:
     start = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_scale(step, config)
@@ -171,7 +174,7 @@ def run_step(model: VladVA, batch: "StepBatch", optimizer, step: int, config: Tr
     return line
 
 
-def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> dict[str, Tensor]:
+def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config) -> dict[str, Tensor]:
     """Gradients of one batch, clip, update. Returns 0-d tensors; nothing waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     contrastive, next_token = backward(model, micro_batches, config.gradient_caching)
@@ -185,12 +188,12 @@ def train_step(model: VladVA, micro_batches, optimizer, config: TrainConfig) -> 
 def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tuple[Tensor, Tensor]:
     """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
 
-    It is that of `model(batch).backward()` for the whole batch of all processes. Eq. 1 needs all
-    embeddings at once, but its gradient reaches the model through them alone, so the chain rule may
-    be cut there (gradient caching, Gao et al., 2021, arXiv 2101.06983). With gradient_caching only
-    one micro-batch holds activations at a time, and runs twice.
+    It is that of `model(batch).backward()` for the whole batch of all processes.
     """
     device = model.lvlm.device
+    # Eq. 1 needs all embeddings at once, but its gradient reaches the model through them alone: the
+    # chain rule may be cut there (gradient caching, Gao et al., 2021, arXiv 2101.06983). With
+    # gradient_caching one micro-batch at a time holds activations, and runs twice
 
     # 1. the embeddings of all micro-batches: without a graph, if each is to run again
     outputs = []
@@ -248,9 +251,11 @@ def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor,
     return loss, [Embeddings(*gradients) for gradients in zip(*columns)]
 
 
-# (Eq. 2 of a micro-batch, its gradient at the states (M, D)): the graph is cut there as well, so
-# that logits are (HEAD_CHUNK, V) at a time.
-def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num_tokens: int):
+def caption_gradient(
+    model: VladVA, caption_states: Tensor, targets: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Eq. 2 of a micro-batch, a part of num_tokens, and its gradient at the states (M, D)."""
+    # the graph is cut here as well: logits are (HEAD_CHUNK, V) at a time
     head_weight = model.lvlm.lm_head.weight
     states = caption_states.detach().requires_grad_()
     loss = torch.zeros((), device=states.device)
@@ -262,14 +267,14 @@ def caption_gradient(model: VladVA, caption_states: Tensor, targets: Tensor, num
     return loss, torch.zeros_like(states) if states.grad is None else states.grad
 
 
-def make_optimizer(model: VladVA, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: VladVA, config: TrainConfig) -> AdamW:
     """AdamW with a learning rate for each of the model's parameter groups."""
     groups = []
     for name, parameters in model.parameter_groups().items():
         rate = config.soft_prompt_lr if name == "soft_prompts" else config.lr
         if parameters:
             groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate})
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.lvlm.device.type != "meta")
+    return AdamW(groups, weight_decay=0.0, fused=model.lvlm.device.type != "meta")
 
 
 def lr_scale(step: int, config: TrainConfig) -> float:
@@ -297,17 +302,14 @@ class StepBatch:
 
 
 class Steps:
-    """Step number -> StepBatch. All that is random is a function of (seed, step): a run can go on.
+    """Step number -> StepBatch. What is random is a function of (seed, step): a run can go on."""
 
-    An epoch is a shuffle of all rows, without a last incomplete batch; `group_size` neighbours stay
-    together. Each process takes every n-th row; rows of similar length share a micro-batch.
-    """
-
-    def __init__(self, model: VladVA, rows, config: TrainConfig):
+    def __init__(self, model: VladVA, rows: data.Pairs, config: TrainConfig):
         self.model = model
         self.rows = rows
         self.config = config
 
+    # A shuffle of all rows, in which neighbours of one group stay together.
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one object a run
     def order(self, epoch: int) -> np.ndarray:
         size = self.rows.group_size
@@ -329,6 +331,7 @@ class Steps:
     def __getitem__(self, step: int) -> StepBatch:
         rank, world_size = rank_and_world_size()
         size = self.config.batch_size
+        # an epoch has no last incomplete batch; each process takes every n-th row of a batch
         epoch, place = divmod(step - 1, max(1, len(self.rows) // size))
         indices = self.order(epoch)[place * size :][:size].tolist()
         bad = []
@@ -342,7 +345,7 @@ class Steps:
         return StepBatch(micro_batches, [row["where"] for row in rows], bad)
 
 
-def step_loader(model: VladVA, rows, config: TrainConfig, first_step: int) -> DataLoader:
+def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> DataLoader:
     """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
     workers = config.num_workers or 0
     options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
@@ -363,7 +366,7 @@ def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows) -> tup
     return pairs, HeldOutPairs(pairs.hold_out(count, bad_rows))
 
 
-def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
+def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
     cuda = model.lvlm.device.type == "cuda"
@@ -401,7 +404,7 @@ def resolve(config: TrainConfig, model: VladVA, rows) -> TrainConfig:
 # Its list notes SIGTERM and SIGINT, so that the step is finished and saved before the run stops.
 # What ends the loop otherwise names the checkpoint to go on from.
 @contextlib.contextmanager
-def stoppable(out: Path):
+def stoppable(out: Path) -> Iterator[list]:
     received = []
     handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -422,7 +425,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-??????.safetensors"))
 
 
-def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -> None:
+def save_checkpoint(out: Path, step: int, model: VladVA, optimizer: AdamW, keep: int) -> None:
     """Write what is trained and AdamW's state of it. No random state is needed (see Steps)."""
     tensors = {}
     for name, p in model.trained_parameters().items():
@@ -436,7 +439,7 @@ def save_checkpoint(out: Path, step: int, model: VladVA, optimizer, keep: int) -
         old.unlink()
 
 
-def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
+def load_checkpoint(out: Path, model: VladVA, optimizer: AdamW) -> int:
     """Put the last checkpoint of OUT into model and optimizer; returns its step, or 0."""
     if not checkpoints(out):
         return 0
@@ -445,11 +448,10 @@ def load_checkpoint(out: Path, model: VladVA, optimizer) -> int:
     # all shapes first: a wrong one in AdamW's state would crash its kernel
     wanted = {}
     for name, p in model.trained_parameters().items():
-        wanted[f"{name}.step"] = torch.Size()
+        wanted[f"{name}.step"] = torch.zeros(())
         for kind in ("value", "exp_avg", "exp_avg_sq"):
-            wanted[f"{name}.{kind}"] = p.shape
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(shapes, wanted, f"{path} does not fit this run")
+            wanted[f"{name}.{kind}"] = p
+    check_shapes(tensors, wanted, f"{path} does not fit this run")
     for name, p in model.trained_parameters().items():
         p.data.copy_(tensors[f"{name}.value"])
         for kind in ("step", "exp_avg", "exp_avg_sq"):
@@ -497,7 +499,7 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     return configs_from_flags(run | {"device": None} | flags | {"out": out})
 
 
-def report(out: Path, held_out, before: Measured | None, after: Measured | None) -> dict:
+def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured) -> dict:
     """Print the table before / after; write scores.json and report.png."""
     if after is None:
         say(f"written: {out}/adapter.safetensors")

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -301,15 +301,17 @@ class VladVA(nn.Module):
 
     # with a long caption: what Eq. 2 is computed on as well
     def image_sequence(self, long_caption: str | None = None, grid=None) -> data.TokenSequence:
-        template, prompt = self.config.image_template, self.config.image_prompt
-        return self.sequence(template, prompt, long_caption=long_caption, grid=grid)
+        config = self.config
+        return self.sequence(config.image_template, config.image_prompt, "", long_caption, grid)
 
     def text_sequence(self, caption: str) -> data.TokenSequence:
         caption = self.tokenizer.validate_text(caption)
         return self.sequence(self.config.text_template, self.config.text_prompt, caption)
 
-    def image_batch(self, images: list, long_captions: list | None = None):
-        """RGB images, each with its long caption or None -> (pixels, Batch)."""
+    def image_batch(
+        self, images: list[Image], long_captions: list | None = None
+    ) -> tuple[Any, data.Batch]:
+        """RGB images, each with its long caption or None -> (stacked images, Batch)."""
         pixels = [self.image_processor(image) for image in images]
         grids = map(self.lvlm.config.image_grid, pixels)
         sequences = map(self.image_sequence, long_captions or [None] * len(images), grids)
@@ -344,7 +346,7 @@ class VladVA(nn.Module):
 
     # --------------------------------------------------------------------------------- forward
 
-    def inputs_embeds(self, batch: data.Batch, modality: str | None, pixels=None) -> Tensor:
+    def inputs_embeds(self, batch: data.Batch, modality: str | None, pixels: Any = None) -> Tensor:
         """Decoder inputs (B, T, D): tokens, with soft prompts and image tokens in their places."""
         embeds = self.lvlm.embed(batch.input_ids)
         device = embeds.device
@@ -411,7 +413,8 @@ class VladVA(nn.Module):
         """Strings -> f_t, (B, D) float32, L2-normalised, on the model's device, in their order."""
         if isinstance(texts, str):
             raise ValueError("encode_text wants a list of strings, got one: put it in a list")
-        decoder, device = self.lvlm.decoder, self.lvlm.device
+        decoder = self.lvlm.decoder
+        device = self.lvlm.device
         emb = torch.empty(len(texts), decoder.config.hidden_size, device=device)
         sequences = [self.text_sequence(text) for text in texts]
         # what all texts begin with goes through the decoder once
@@ -437,7 +440,8 @@ class VladVA(nn.Module):
         self, images: Sequence, prompts: list[str], max_new_tokens: int = 128
     ) -> list[str]:
         """Greedy answers to one prompt per image, in the model's own template."""
-        pixels, sequences = [], []
+        pixels = []
+        sequences = []
         for image, prompt in zip(images, prompts, strict=True):
             pixels.append(self.image_processor(data.open_image(image)))
             grid = self.lvlm.config.image_grid(pixels[-1])
@@ -470,9 +474,7 @@ class VladVA(nn.Module):
         # encoding needs nothing of a loss that is not registered here
         if self.config.loss not in LOSSES:
             tensors = {k: t for k, t in tensors.items() if not k.startswith("loss_parameters.")}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        wanted = {name: p.shape for name, p in parameters.items()}
-        check_shapes(shapes, wanted, f"{source} does not fit {self.name}")
+        check_shapes(tensors, parameters, f"{source} does not fit {self.name}")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
