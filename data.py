@@ -4,15 +4,14 @@ Training pairs are JSON lines, one image per line, paths relative to the file:
 
     {"image": "a.jpg", "short": "a red bus" | ["a red bus", ...] | null, "long": "..." | null}
 
-A row without `long` adds to the contrastive loss only, one without `short` to the next-token loss
-only. A caption that a model wrote may say so: "generated": {"long": {"model": ..., "prompt": ...}}.
-
-Not here: prompts, losses (vladva.py), benchmarks (eval.py), public caption files, scenes (extras/).
+Without `long` a row adds to the contrastive loss only, without `short` to the next-token loss only;
+"generated": {"long": {"model": ..., "prompt": ...}} says that a model wrote a caption.
+Not here: prompts and losses (vladva.py), benchmarks (eval.py), public caption files (extras/).
 """
 
 import argparse
+import contextlib
 import functools
-import itertools
 import json
 import os
 import random
@@ -60,19 +59,16 @@ def model_folder(name: str | Path) -> Path:
         raise ValueError(f"no model {repo!r:.99}: give {', '.join(MODELS)}, a hub id or a folder")
     files = ["*.safetensors", "*.json"]  # no pickles
     # the cache first, without the network; what an interrupted download left does not count
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError, ValueError):
         folder = Path(snapshot_download(repo, allow_patterns=files, local_files_only=True))
         if (folder / "config.json").exists() and shard_files(folder):
             return folder
-    except (LocalEntryNotFoundError, ValueError):
-        pass
     # the hub, which fetches only what the cache lacks
     say(f"{repo} is not whole in {constants.HF_HUB_CACHE}: fetching it from {constants.ENDPOINT}")
     try:
         return Path(snapshot_download(repo, allow_patterns=files))
     except (OSError, ValueError) as error:  # the hub's are among them
-        problem = f"{repo} could not be fetched ({error!r:.200})"
-        raise ValueError(f"{problem}; with its files on this disk: --model FOLDER") from None
+        raise ValueError(f"{repo} was not fetched ({error!r:.99}): try --model FOLDER") from None
 
 
 class Tokenizer:
@@ -96,8 +92,6 @@ class Tokenizer:
         problem = None
         if self.inner.id_to_token(config.image_token_id) != config.image_token:
             problem = f"no {config.image_token} at id {config.image_token_id}"
-        elif self.inner.id_to_token(config.eos_token_id) is None:
-            problem = f"no token at id {config.eos_token_id}, the end of a text"
         elif bos is not None and (ids[:1] != [bos] or ids.count(bos) != 1):
             problem = f"not one token {bos} at the beginning of a text"
         elif max(self.inner.get_vocab().values()) >= config.decoder.vocab_size:
@@ -232,8 +226,7 @@ class TrainingBatch(Movable):
 
     @property
     def num_tokens(self) -> int:  # with the padding
-        batches = filter(None, (self.images, self.texts, self.further_texts))
-        return sum(batch.input_ids.numel() for batch in batches)
+        return sum(b.input_ids.numel() for b in (self.images, self.texts, self.further_texts) if b)
 
 
 # -------------------------------------------------------------------------------------- images
@@ -268,8 +261,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
     # before a pixel is decoded: 500 bytes may ask for gigabytes, here or when they are resized
     shorter, longer = sorted(source.size)
     if shorter * longer > MAX_PIXELS or longer > MAX_RATIO * shorter:
-        limits = f"{MAX_PIXELS:,} in all, {MAX_RATIO} to 1"
-        raise ValueError(f"{longer:,} x {shorter:,} pixels, wanted at most {limits}")
+        raise ValueError(f"{longer:,} x {shorter:,} pixels: over {MAX_PIXELS:,} or {MAX_RATIO}:1")
     image = ImageOps.exif_transpose(source)
     # Pillow would clip 16-bit greys to white: they keep their upper 8 bits
     if image.mode == "F" or image.mode.startswith("I"):
@@ -358,9 +350,8 @@ def truncate_caption(text: str, side: str, tokenizer: Tokenizer) -> str:
     return text[: [most, *word_ends, *sentence_ends][-1]]
 
 
-# A row of a pairs file that cannot be used: the message names file and line.
 class BadRow(ValueError):
-    pass
+    """A row of a pairs file that cannot be used; the message names file and line."""
 
 
 def parse_row(line: str, where: str) -> dict:
@@ -375,7 +366,7 @@ def parse_row(line: str, where: str) -> dict:
     # a misspelled key would silently cost all its captions
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
     if unknown:
-        raise BadRow(f"{where}: unknown keys {unknown}, wanted {wanted}")
+        raise BadRow(f"{where}: unknown keys {unknown!s:.99}, wanted {wanted}")
     # null means absent, one short caption is a list of one
     row = {key: value for key, value in row.items() if value is not None}
     row = {"short": [], "long": None, "generated": {}} | row
@@ -397,20 +388,19 @@ def inside(folder: Path, name: str, root: str | None = None) -> Path:
     return folder / name
 
 
+# Byte at which each line begins, and the end of the file: (lines + 1,)
 def line_starts(path: Path) -> np.ndarray:
-    """Byte at which each line begins, and the end of the file: (lines + 1,)."""
     with open(path, "rb") as file:
-        return np.fromiter(itertools.accumulate(map(len, file), initial=0), dtype=np.int64)
+        return np.append(0, np.fromiter(map(len, file), dtype=np.int64).cumsum())
 
 
 class Pairs:
     """The rows of a pairs file, read from the disk one by one: 16 bytes of a row are in memory."""
 
-    group_size = 1  # neighbouring rows that share a batch
-
     def __init__(self, path: str | Path, tokenizer: Tokenizer, images: str | None = None):
         self.path = Path(path)
         self.tokenizer = tokenizer
+        self.group_size = 1  # neighbouring rows that share a batch
         self.images = images  # the folder that images may lie in; None: that of the file
         if not self.path.is_file():
             raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
@@ -432,10 +422,11 @@ class Pairs:
         row = parse_row(line.decode("utf-8", errors="replace"), where)
         if not row["short"] and row["long"] is None:
             raise BadRow(f"{where}: neither a short nor a long caption")
+        tokenizer = self.tokenizer
         try:
             image = inside(self.path.parent, row["image"], self.images)
-            short = [truncate_caption(text, "short", self.tokenizer) for text in row["short"]]
-            long = row["long"] and truncate_caption(row["long"], "long", self.tokenizer)
+            short = [truncate_caption(text, "short", tokenizer) for text in row["short"]]
+            long = None if row["long"] is None else truncate_caption(row["long"], "long", tokenizer)
         except ValueError as error:
             raise BadRow(f"{where}: {error}") from None
         return row | {"image": image, "short": short, "long": long, "where": where}
@@ -479,25 +470,26 @@ class BadRows:
         self.messages = []
         self.rows_tried = 0  # by hold_out, before training
 
+    # List them in a file from now on, behind those of a run that was interrupted
     def write_to(self, path: Path) -> None:
-        """List them in a file from now on, behind those of a run that was interrupted."""
-        named = self.messages
-        self.messages = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.messages = list(dict.fromkeys(before + self.messages))
         if rank_and_world_size()[0] == 0:
             self.path = path
-        self.add(named, quiet=True)
+        if self.messages and self.path == path:
+            text = "\n".join([*self.messages, ""])
+            write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
-    def add(self, messages: list[str], quiet: bool = False) -> None:
-        """Print, unless quiet, and list those that are new."""
+    def add(self, messages: list[str]) -> None:
+        """Name and list those that are new."""
         for message in messages:
             # one line of text: names of files may hold bytes that are none
             line = " ".join(message.split())[:500].encode(errors="backslashreplace").decode()
             if line not in self.messages:
                 self.messages.append(line)
+                say(f"left out: {line}", file=sys.stderr)
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
-                if not quiet:
-                    say(f"left out: {line}", file=sys.stderr)
 
     def too_many(self, num_bad: int, rows_seen: int) -> bool:
         return num_bad > max(3, (self.rows_tried + rows_seen) / 100)
@@ -505,7 +497,7 @@ class BadRows:
     def check(self, num_bad: int, rows_seen: int) -> None:
         if self.too_many(num_bad, rows_seen):
             problem = f"{num_bad} of {self.rows_tried + rows_seen} rows cannot be used"
-            raise ValueError(f"{problem}; the last: {''.join(self.messages[-1:])}")
+            raise ValueError(f"{problem}; the last: {self.messages[-1]}")
 
 
 # -------------------------------------------------------------- files, processes, command line
@@ -515,8 +507,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None 
     write_whole(path, functools.partial(save_file, tensors, metadata=metadata))
 
 
+# The device that was asked for, or the first CUDA device, or the CPU
 def pick_device(name: str | None) -> str:
-    """The device that was asked for, or the first CUDA device, or the CPU."""
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -525,8 +517,8 @@ def pick_device(name: str | None) -> str:
     return device
 
 
+# (number of this process, how many) among those that torchrun started; (0, 1) without it
 def rank_and_world_size() -> tuple[int, int]:
-    """(number of this process, how many) among those that torchrun started; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -547,8 +539,8 @@ def barrier() -> None:
         dist.barrier()
 
 
+# The sum of a tensor over all processes, in place
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
     if rank_and_world_size()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -569,8 +561,8 @@ def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     return all_reduce_sum(gathered), first
 
 
+# The strings of all processes, in rank order
 def all_gather_strings(strings: list[str]) -> list[str]:
-    """The strings of all processes, in rank order."""
     parts = [strings] * rank_and_world_size()[1]
     if len(parts) > 1:
         dist.all_gather_object(parts, strings)
@@ -582,8 +574,8 @@ def command(main: typing.Callable) -> typing.Callable:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> typing.Any:
-        if not sys.warnoptions:  # of libraries, seldom for the user: python -W default shows them
-            warnings.simplefilter("ignore")
+        # of libraries, and seldom for the user; behind what python -W asks for
+        warnings.simplefilter("ignore", append=True)
         try:
             return main(argv)
         except KeyboardInterrupt:
@@ -605,8 +597,8 @@ def say(*words: typing.Any, file: typing.Any = None) -> None:
         print(*words, file=file, flush=True)
 
 
+# The items in lists of batch_size, with a progress bar
 def batches(items: typing.Sequence, batch_size: int, title: str) -> typing.Iterator[list]:
-    """The items in lists of batch_size, with a progress bar."""
     starts = range(0, len(items), batch_size)
     # no bar for a single batch, nor (None) where there is no terminal
     for start in tqdm(starts, title, leave=False, disable=None if len(starts) > 1 else True):
@@ -627,8 +619,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help=f"{', '.join(MODELS)}, a folder, a hub id (default: tiny)")
     add("--adapter", help="folder of a training run (default: the untouched model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    dtype_help = "of the weights (default: bfloat16 on cuda, float32 on the cpu if it fits)"
-    add("--dtype", choices=sorted(DTYPES), help=dtype_help)
+    add("--dtype", choices=sorted(DTYPES), help="of weights (default: bfloat16; float32 on a cpu)")
 
 
 def flag(default: typing.Any, help: str, **limits: typing.Any) -> typing.Any:
@@ -641,12 +632,10 @@ def check_bounds(config: typing.Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         low, high, choices = map(f.metadata.get, ("low", "high", "choices"))
-        wanted = None
-        if value is not None and low is not None and not low <= value <= high:
-            wanted = f"{low} to {high}"
-        if value is not None and choices is not None and value not in choices:
-            wanted = " or ".join(map(repr, choices))
-        if wanted:
+        if value is None:  # decided later
+            continue
+        wanted = " or ".join(map(repr, choices)) if choices else f"{low} to {high}"
+        if (choices and value not in choices) or (low is not None and not low <= value <= high):
             raise ValueError(f"--{f.name.replace('_', '-')} is {value!r}: wanted {wanted}")
 
 

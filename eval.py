@@ -13,13 +13,14 @@ Not here: the benchmark of rendered scenes (extras/scenes.py), figures (extras/s
 
 import argparse
 import functools
+import io
 import itertools
 import json
 import os
+import tokenize
 import typing
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,9 +217,8 @@ def read_karpathy(folder: Folder, args: argparse.Namespace) -> Benchmark:
     limit = 5 if args.captions is None else args.captions or None
     images = []
     captions = []
-    for row in folder.json(f"dataset_{args.task}.json")["images"]:
-        if row["split"] != "test":
-            continue
+    rows = folder.json(f"dataset_{args.task}.json")["images"]
+    for row in [row for row in rows if row["split"] == "test"]:
         names = [row["filename"]]
         if "cocoid" in row:
             names = [f"{row['filepath']}/{names[0]}", *names, f"{row['cocoid']:012d}.jpg"]
@@ -237,9 +237,9 @@ def read_nocaps(folder: Folder, args: argparse.Namespace) -> Benchmark:
     images = [folder.image(row["file_name"]) for row in raw["images"]]
     captions = [captions_of[row["id"]][: args.captions or None] for row in raw["images"]]
     domain_of = [row["domain"].split("-")[0] for row in raw["images"]]
-    domains = Counter(domain_of)
-    if sorted(domains) != ["in", "near", "out"]:
-        folder.refuse(f"domains {sorted(domains)}, wanted in, near and out")
+    domains = sorted(set(domain_of))
+    if domains != ["in", "near", "out"]:
+        folder.refuse(f"domains {domains}, wanted in, near and out")
     whole = retrieval(images, captions)
 
     def score(image_emb: Tensor, text_emb: Tensor) -> dict:
@@ -255,7 +255,7 @@ def read_nocaps(folder: Folder, args: argparse.Namespace) -> Benchmark:
             scores[f"whole gallery {name}"] = value
         return scores
 
-    counts = {f"{domain}-domain": count for domain, count in domains.items()}
+    counts = {f"{domain}-domain": domain_of.count(domain) for domain in domains}
     return Benchmark(images, whole.texts, score, whole.counts | counts)
 
 
@@ -343,8 +343,7 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
     try:
         return reader(folder, args)
     except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        folder.refuse(f"a file is not in the published format ({reason})")
+        folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
 
 
 # ---------------------------------------------------------------------------------- embeddings
@@ -366,7 +365,7 @@ def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor
 
 # what numpy and zipfile raise on files that are broken, or none of theirs
 NPZ_ERRORS = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, MemoryError)
-NPZ_ERRORS += (zipfile.BadZipFile, zlib.error)
+NPZ_ERRORS += (SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 def load_embeddings(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
@@ -374,7 +373,7 @@ def load_embeddings(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
 
     Where the file holds "images" (file names) or "texts" too, they must be the benchmark's.
     """
-    image_emb = load_rows(path, "image", image_names(benchmark))
+    image_emb = load_rows(path, "image", [Path(image).name for image in benchmark.images])
     text_emb = load_rows(path, "text", benchmark.texts)
     if image_emb.shape[1] != text_emb.shape[1]:
         shapes = f"image_emb is {tuple(image_emb.shape)}, text_emb {tuple(text_emb.shape)}"
@@ -384,18 +383,17 @@ def load_embeddings(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
 
 # (B, D) of kind "image" or "text", one row for each of the names.
 def load_rows(path: str, kind: str, names: list[str]) -> Tensor:
-    arrays = {}
     limit = 1024 + len(names) * 2**17  # bytes: a row of 16,384 numbers in float64
     try:
         with np.load(path) as file:
-            for name in {f"{kind}_emb", f"{kind}s"} & set(file.files):
-                # before anything is unpacked
+            members = [f"{kind}_emb", *({f"{kind}s"} & set(file.files))]
+            # before anything is unpacked
+            for name in members:
                 if file.zip.getinfo(f"{name}.npy").file_size > limit:
                     raise ValueError(f"{name} has over {limit:,} bytes for {len(names)} rows")
-                arrays[name] = file[name]
+            emb, *stored_names = [np.asarray(file[name]) for name in members]
     except NPZ_ERRORS as error:
         raise ValueError(f"{path} cannot be read as .npz ({error})") from None
-    emb = arrays.get(f"{kind}_emb", np.empty(0))
     fits = emb.ndim == 2 and len(emb) == len(names) and emb.size and emb.dtype.kind in "fiu"
     # in float64, and first scaled to a largest value of 1: squares of large numbers overflow
     if fits:
@@ -405,25 +403,17 @@ def load_rows(path: str, kind: str, names: list[str]) -> Tensor:
     if not fits:
         wanted = f"({len(names)}, D) finite numbers, not all 0, a row for each {kind}"
         raise ValueError(f"{path}: {kind}_emb is {emb.dtype} {emb.shape}, wanted {wanted}")
-    if f"{kind}s" in arrays and arrays[f"{kind}s"].tolist() != names:
+    if stored_names and stored_names[0].tolist() != names:
         raise ValueError(f"{path}: its {kind}s are not the benchmark's, or in another order")
     return F.normalize(torch.from_numpy(emb / largest), dim=-1).float()
 
 
-def image_names(benchmark: Benchmark) -> list[str]:
-    return [Path(image).name for image in benchmark.images]
-
-
 # What load_embeddings reads.
 def save_embeddings(path: str, benchmark: Benchmark, image_emb: Tensor, text_emb: Tensor) -> None:
-    arrays = {"image_emb": image_emb.numpy(), "text_emb": text_emb.numpy()}
-    arrays |= {"images": image_names(benchmark), "texts": benchmark.texts}
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-
-    write_whole(path, write)
+    names = {"images": [Path(image).name for image in benchmark.images], "texts": benchmark.texts}
+    content = io.BytesIO()
+    np.savez(content, image_emb=image_emb.numpy(), text_emb=text_emb.numpy(), **names)
+    write_whole(path, lambda partial: partial.write_bytes(content.getbuffer()))
 
 
 # --------------------------------------------------------------- rows kept out of training

@@ -162,8 +162,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--seeds {seeds} --jobs {jobs}: 1 or more, and not under torchrun")
     if config.holdout in (0, 1) or method.loss != "vladva":
         raise ValueError("wanted --loss vladva, to compare its parts, and --holdout 2 or more")
-    train.start_run(config, method, resume)
-    return ablate(config, method, seeds, jobs)
+    with train.run_folder(config, method, resume):
+        return ablate(config, method, seeds, jobs)
 
 
 if __name__ == "__main__":

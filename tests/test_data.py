@@ -100,12 +100,12 @@ def test_an_image_of_gigabytes_is_refused_before_it_is_decoded(tmp_path):
     """A file of 467 bytes, 1 x 200,000 pixels, took 8.5 GB when its shorter side was enlarged."""
     for size, message in (
         ((1, 200_000), "200,000 x 1 pixels"),
-        ((8001, 8000), "at most 64,000,000"),
+        ((8001, 8000), "over 64,000,000"),
     ):
         Image.new("1", size).save(tmp_path / "large.png")
         with pytest.raises(ValueError, match=f"large.png.*{message}"):
             data.open_image(tmp_path / "large.png")
-    with pytest.raises(ValueError, match="201 x 1 pixels, .* 200 to 1"):
+    with pytest.raises(ValueError, match="201 x 1 pixels: .* 200:1"):
         data.open_image(Image.new("L", (1, 201)))
     # "pad" would make a square of its longer side
     Image.new("L", (12_000, 60)).save(tmp_path / "long.png")
@@ -549,15 +549,14 @@ def test_warnings_of_libraries_are_shown_only_where_they_were_asked_for(capsys, 
         warnings.warn("corrupt EXIF data", stacklevel=1)
         return 1
 
-    for options in ([], ["default"]):
+    monkeypatch.setattr(warnings, "showwarning", lambda *args: print("shown", file=sys.stderr))
+    for asked_for in (False, True):
         with warnings.catch_warnings():
-            monkeypatch.setattr(
-                warnings, "showwarning", lambda *args: print("shown", file=sys.stderr)
-            )
-            monkeypatch.setattr(sys, "warnoptions", options)
-            warnings.simplefilter("default")
+            warnings.resetwarnings()
+            if asked_for:
+                warnings.simplefilter("default")  # as python -W default
             assert main([]) == 1
-        assert bool(capsys.readouterr().err) == bool(options)
+        assert bool(capsys.readouterr().err) == asked_for
 
 
 def test_a_file_is_not_written_through_a_link_that_somebody_made(tmp_path):
