@@ -1,28 +1,30 @@
 """An adapted model for other people's software: one folder, no custom code.
 
-    python -m extras.export --model tiny --adapter runs/tiny --out merged
+    python -m extras.export --model tiny --adapter runs/tiny --out merged [--adapter-only]
+    python -m extras.export --model tiny --from-peft theirs --out runs/theirs
 
 The folder is a plain hub folder of its architecture (LoRA folded into the weights, each vector of a
 soft prompt the embedding of an added token, the prompt strings in vladva.json) and beside that a
-sentence-transformers model: SentenceTransformer("merged").encode([image, "a text"]). How to use it:
+sentence-transformers model: SentenceTransformer("merged").encode([image, "a text"]). --adapter-only
+leaves out the base's weights and is in peft's format, which --from-peft reads. How to use them:
 docs/export.md. Not here: the original LLaVA's weights (extras/convert_llava.py).
 """
 
 import argparse
-import dataclasses
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tokenizers
 import torch
+import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 import data
 from lora import lora_layers
-from model import LVLM, LVLMConfig, from_json, read_json, write_json
+from model import LVLM, LVLMConfig, from_json, read_json, read_tensors, write_json
 from vladva import VladVA, VladVAConfig, load_model
 
 LLAVA_PREFIXES = (  # name here -> name in llava-hf's folders; the first that fits
@@ -46,22 +48,19 @@ def hub_key(name: str, config: LVLMConfig) -> str:
     raise ValueError(f"{name} has no name in the hub's layout")
 
 
-def save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size="5GB") -> None:
+def save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size="5GB", **options) -> None:
     """Write {name in the hub's layout: tensor} as model.safetensors, or as shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-    for path in folder.glob("model*.safetensors"):
-        path.chmod(0o644)  # safetensors 0.8 lets nobody else read what it writes
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, **options)
+    # safetensors 0.8 lets nobody else read what it writes
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def save_lvlm(lvlm: LVLM, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and the weights of an LVLM without adapters; load_lvlm reads them back.
-
-    dtype None: as they are. Weights that are tied are stored once.
-    """
-    tensors = {}
-    for name, p in lvlm.named_parameters():
-        tensors[hub_key(name, lvlm.config)] = p.detach().to("cpu", dtype)
+    """Write config.json and weights, in dtype (None: as they are); model.load_lvlm reads them."""
+    parameters = lvlm.named_parameters()
+    tensors = {hub_key(name, lvlm.config): p.detach().to("cpu", dtype) for name, p in parameters}
     save_weights(tensors, Path(folder))
     write_json(Path(folder) / "config.json", lvlm.config.raw)
 
@@ -69,63 +68,54 @@ def save_lvlm(lvlm: LVLM, folder: str | Path, dtype: torch.dtype | None = None) 
 # ------------------------------------------------------------------ soft prompts as added tokens
 
 
-def prompt_ids(model: VladVA, modality: str, caption: str = "a") -> tuple[list[int], int, int]:
-    """(ids of a modality's sequence with one image token, first token of the prompt, its end)."""
+def split_ids(model: VladVA, modality: str, caption: str = "a") -> tuple[list, list, list]:
+    """Ids of a modality's sequence with one image token: before its prompt, of it, behind it."""
     if modality == "image":
         sequence = model.image_sequence(grid=(1, 1))
     else:
         sequence = model.text_sequence(caption)
+    ids = sequence.input_ids
     start = sequence.prompt_start
     end = start + sequence.prompt_length
     # a space between prompt and image becomes an added token too: Llama's tokenizer would read one
     # that stands between two added tokens as two
-    id_to_token = model.tokenizer.inner.id_to_token
-    while modality == "image" and id_to_token(sequence.input_ids[end]) in ("▁", "Ġ"):
+    while modality == "image" and model.tokenizer.inner.id_to_token(ids[end]) in ("▁", "Ġ"):
         end += 1
-    return sequence.input_ids, start, end
+    return ids[:start], ids[start:end], ids[end:]
 
 
 def spell_template(model: VladVA, modality: str, prompt: str, tokenizer) -> str:
-    """The template in which a prompt of added tokens gives the ids of the trained sequence.
-
-    Some tokenizers put a space before a text by themselves, so the spaces around it are tried.
-    """
+    """The template in which a prompt of added tokens gives the ids of the trained sequence."""
     template = getattr(model.config, f"{modality}_template")
-    bare = re.sub(r" ?\{prompt\} ?", "{prompt}", template)
-    captions = ("a", "The red bus.", "2 dogs", "“Ä” 犬") if modality == "text" else ("",)
-    wanted = []
-    for caption in captions:
-        ids, start, end = prompt_ids(model, modality, caption)
-        added = tokenizer.encode(prompt, add_special_tokens=False).ids
-        wanted.append(ids[:start] + added + ids[end:])
+    added = tokenizer.encode(prompt, add_special_tokens=False).ids
+    # the space that a tokenizer puts before a word depends on the word: several captions
+    captions = ("a", "The red bus.", "2 dogs", "“Ä” 犬")
+    parts = [split_ids(model, modality, caption) for caption in captions]
+    wanted = [before + added + behind for before, _, behind in parts]
+    # some tokenizers put a space there by themselves, so those around the prompt are tried
     for spaced in ("{prompt}", "{prompt} ", " {prompt}", " {prompt} "):
-        spelled = bare.replace("{prompt}", spaced)
+        spelled = re.sub(r" ?\{prompt\} ?", spaced, template)
         chat = model.lvlm.config.apply_chat_template(spelled)
         texts = [data.fill_template(chat, prompt, caption)[0] for caption in captions]
         if [tokenizer.encode(text).ids for text in texts] == wanted:
             return spelled
-    raise ValueError(
-        f"this tokenizer reads {template!r} with added tokens as other tokens than it was trained "
-        "on: only a template with spaces around {prompt} can be exported"
-    )
+    problem = f"with added tokens {template!r} is read as other tokens than it was trained on"
+    raise ValueError(f"{problem}: only with spaces around {{prompt}} can it be exported")
 
 
 def add_tokens(model: VladVA) -> tuple[tokenizers.Tokenizer, dict[int, Tensor], VladVAConfig]:
-    """Soft prompts -> tokens <image_prompt_0> ..., <text_prompt_0> ..., at the vocabulary's end.
-
-    Returns the tokenizer with them, {id: embedding}, and the config that spells its prompts so.
-    """
+    """Soft prompts -> tokenizer with added tokens, {id: embedding}, config that spells them so."""
     tokenizer = tokenizers.Tokenizer.from_str(model.tokenizer.inner.to_str())
     config = model.config
     embeddings = {}
     for modality, soft_prompt in model.soft_prompts.items():
-        ids, start, end = prompt_ids(model, modality)
-        spaces = torch.tensor(ids[start + len(soft_prompt) : end], dtype=torch.long)
+        # behind the trained vectors come the spaces, which are as they were
+        _, prompt_ids, _ = split_ids(model, modality)
+        spaces = torch.tensor(prompt_ids[len(soft_prompt) :], dtype=torch.long)
         vectors = [*soft_prompt.detach(), *model.lvlm.embed(spaces.to(model.lvlm.device))]
         names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
-        added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
-        tokenizer.add_special_tokens(added)
-        embeddings |= {tokenizer.token_to_id(name): v for name, v in zip(names, vectors)}
+        tokenizer.add_special_tokens(names)
+        embeddings |= {tokenizer.token_to_id(name): x for name, x in zip(names, vectors)}
         prompt = "".join(names)
         template = spell_template(model, modality, prompt, tokenizer)
         config = replace(config, **{f"{modality}_prompt": prompt, f"{modality}_template": template})
@@ -143,16 +133,17 @@ def save_merged(model: VladVA, embeddings: dict[int, Tensor], folder, max_shard_
     lvlm_config = model.lvlm.config
     ids = list(embeddings)
     vocab_size = max([lvlm_config.decoder.vocab_size] + [i + 1 for i in ids])
-    layers = {f"decoder.{name}.weight": x for name, x in lora_layers(model.lvlm.decoder).items()}
+    layers = lora_layers(model.lvlm)
     tensors = {}
     for name, p in model.lvlm.named_parameters():
         if name.endswith(("lora_a", "lora_b")):
             continue
-        weight = layers[name].merged_weight() if name in layers else p.detach()
+        layer = layers.get(name.removesuffix(".weight"))
+        weight = layer.merged_weight() if layer else p.detach()
         if ids and name in ("decoder.embed_tokens.weight", "lm_head.weight"):
-            new_rows = weight.new_zeros(vocab_size - len(weight), weight.shape[1])
-            weight = torch.cat([weight, new_rows])
-            weight[ids] = 0  # an added token is not to be generated
+            weight = F.pad(weight, (0, 0, 0, vocab_size - len(weight)))  # a copy in any case
+            # an added token is not to be generated
+            weight[ids] = 0
             if name == "decoder.embed_tokens.weight":
                 weight[ids] = torch.stack([embeddings[i] for i in ids]).to(weight)
         tensors[hub_key(name, lvlm_config)] = weight.to("cpu")
@@ -164,23 +155,101 @@ def save_merged(model: VladVA, embeddings: dict[int, Tensor], folder, max_shard_
     write_json(folder / "config.json", raw)
 
 
+# ------------------------------------------------------------------------------- peft's format
+
+# the second "model." is that of the class with a head, LlavaForConditionalGeneration for one
+PEFT_PREFIX = "base_model.model.model.language_model."
+PEFT_ROWS = f"{PEFT_PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
+PEFT_LAYERS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# an adapter trained elsewhere may come from a class without that head, or an older transformers
+PEFT_LORA = r"base_model(?:\.model|\.language_model)*\.(layers\.\d+\..+)\.lora_([AB])\.weight"
+# fields of adapter_config.json that say nothing of what a trained adapter computes
+PEFT_IGNORED = """r lora_alpha target_modules exclude_modules trainable_token_indices lora_dropout
+base_model_name_or_path revision task_type auto_mapping peft_version inference_mode megatron_core
+qalora_group_size""".split()
+
+
+def save_peft_adapter(model: VladVA, embeddings: dict[int, Tensor], folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors: LoRA, and rows for the added tokens."""
+    ids = list(embeddings)
+    # without weights of its own the folder can only change rows that the base has
+    spare = model.lvlm.config.decoder.vocab_size - min(ids, default=0)
+    if len(ids) > spare:
+        problem = f"{model.name} has {spare} spare embeddings, the soft prompts need {len(ids)}"
+        raise ValueError(f"{problem}: export it merged, without --adapter-only")
+    base = data.MODELS.get(model.name, model.name)
+    adapter_config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
+        "r": model.config.lora_rank,
+        "lora_alpha": model.config.lora_alpha,
+        # peft's word for no layer, where soft prompts alone were trained
+        "target_modules": PEFT_LAYERS if model.config.lora else "dummy-target-modules",
+    }
+    groups = model.parameter_groups()
+    tensors = {}
+    for name, p in groups["lora"].items():
+        layer, part = name.removeprefix("lvlm.decoder.").rsplit(".lora_", 1)
+        tensors[f"{PEFT_PREFIX}{layer}.lora_{part.upper()}.weight"] = p.detach().cpu()
+    if ids:
+        adapter_config["trainable_token_indices"] = {"embed_tokens": ids}
+        tensors[PEFT_ROWS] = torch.stack([embeddings[i].float() for i in ids]).cpu()
+    # for the way back: peft's format has no place for these
+    about = {"config": asdict(model.config)}
+    about["soft_prompts"] = {name: len(p) for name, p in model.soft_prompts.items()}
+    about["loss_parameters"] = {name: p.item() for name, p in groups["loss_parameters"].items()}
+    options = {"filename_pattern": "adapter_model{suffix}.safetensors"}
+    save_weights(tensors, folder, **options, metadata={"adapter": json.dumps(about)})
+    write_json(folder / "adapter_config.json", adapter_config)
+
+
+def read_peft_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
+    """Tensors and config, as vladva.read_adapter's, of an adapter in peft's format.
+
+    One that save_peft_adapter wrote comes back bit for bit. Another brings LoRA alone and gets the
+    paper's hand prompts; load_adapter_state refuses it if it is more than LoRA on our layers.
+    """
+    raw = read_json(Path(folder) / "adapter_config.json")
+    # all else must be off: DoRA, rsLoRA, ranks by layer, ways to start that change the base, ...
+    plain = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+    for name in raw.keys() - set(PEFT_IGNORED):
+        if raw[name] not in (None, False, {}, [], plain.get(name)):
+            raise ValueError(f"{folder}: {name} is {raw[name]!r}; this code does plain LoRA only")
+    values = {"lora_rank": raw.get("r"), "lora_alpha": raw.get("lora_alpha"), "soft_prompts": False}
+    path = Path(folder) / "adapter_model.safetensors"
+    theirs, metadata = read_tensors(path)
+    tensors = {}
+    for key, tensor in theirs.items():
+        match = re.fullmatch(PEFT_LORA, key)
+        name = f"lvlm.decoder.{match[1]}.lora_{match[2].lower()}" if match else key
+        tensors[name] = tensor.float()
+    if "adapter" in metadata:
+        about = json.loads(metadata["adapter"])
+        values = about["config"]
+        rows = tensors.pop(PEFT_ROWS, None)
+        # the image prompt's rows, then spaces, then the text prompt's
+        for modality, length in about["soft_prompts"].items():
+            part = rows[:length] if modality == "image" else rows[-length:]
+            tensors[f"soft_prompts.{modality}"] = part.clone()
+        tensors |= {name: torch.tensor(x) for name, x in about["loss_parameters"].items()}
+    return tensors, from_json(VladVAConfig, values, str(path))
+
+
 # --------------------------------------------------------------------- what stands beside them
 
 FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+MESSAGE = FORWARD | {"format": "structured"}
 TRANSFORMER = {  # sentence-transformers' module around the model
     "transformer_task": "feature-extraction",
-    "modality_config": {
-        "text": FORWARD,
-        "image": FORWARD,
-        "message": FORWARD | {"format": "structured"},
-    },
+    "modality_config": {"text": FORWARD, "image": FORWARD, "message": MESSAGE},
     "module_output_name": "token_embeddings",
     "processor_kwargs": {"use_fast": False},  # Pillow's resize, as here
 }
 CHAT_TEMPLATE = """{%- set parts = messages[-1]["content"] -%}
+{%- set image, before, behind = PROMPTS -%}
 {%- if parts | length != 1 -%}{{ raise_exception("an image or a text, one at a time") }}
-{%- elif parts[0]["type"] == "image" -%}{{ IMAGE }}
-{%- else -%}{{ BEFORE + (parts[0]["text"] | trim) + AFTER }}
+{%- elif parts[0]["type"] == "image" -%}{{ image }}
+{%- else -%}{{ before + (parts[0]["text"] | trim) + behind }}
 {%- endif -%}
 """
 CARD = """---
@@ -203,8 +272,8 @@ Limits: an image or a text at a time, not both; a text that holds an added token
 """
 
 
+# Tokenizer and image processor, as transformers reads them.
 def save_processors(model: VladVA, tokenizer, config: VladVAConfig, folder: Path) -> None:
-    """Tokenizer and image processor, as transformers reads them."""
     lvlm_config = model.lvlm.config
     eos = lvlm_config.eos_token_id
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -218,17 +287,14 @@ def save_processors(model: VladVA, tokenizer, config: VladVAConfig, folder: Path
     }
     write_json(folder / "tokenizer_config.json", described)
     _, settings = data.read_image_settings(data.model_folder(model.name))
-    settings = dict(settings)
     for key in ("min_pixels", "max_pixels"):
         if getattr(config, key):
             settings[key] = getattr(config, key)  # goes before "size"
     if lvlm_config.raw["model_type"] == "llava":
-        processor = {
-            "processor_class": "LlavaProcessor",
-            "patch_size": lvlm_config.vision.patch_size,
-            "num_additional_image_tokens": 1,  # the class token
-            "vision_feature_select_strategy": "default",
-        }
+        processor = {"processor_class": "LlavaProcessor"}
+        processor["patch_size"] = lvlm_config.vision.patch_size
+        # it counts the class token, and then leaves it out
+        processor |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
         write_json(folder / "processor_config.json", processor)
         if config.image_mode == "pad":
             settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
@@ -241,30 +307,26 @@ def save_prompts(model: VladVA, config: VladVAConfig, folder: Path) -> None:
     for modality in ("image", "text"):
         template = model.lvlm.config.apply_chat_template(getattr(config, f"{modality}_template"))
         prompts[modality] = template.replace("{prompt}", getattr(config, f"{modality}_prompt"))
-    about = {"image_mode": config.image_mode, "config": dataclasses.asdict(config)}
-    write_json(folder / "vladva.json", prompts | about)
-    before, after = prompts["text"].split("{caption}")
-    template = CHAT_TEMPLATE
-    for name, text in (("IMAGE", prompts["image"]), ("BEFORE", before), ("AFTER", after)):
-        template = template.replace(name, json.dumps(text, ensure_ascii=False), 1)
+    write_json(folder / "vladva.json", prompts | {"config": asdict(config)})
+    # Jinja reads JSON's strings
+    strings = [prompts["image"], *prompts["text"].split("{caption}")]
+    template = CHAT_TEMPLATE.replace("PROMPTS", json.dumps(strings, ensure_ascii=False))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
     modules = []
     for index, name in enumerate(("Transformer", "Pooling", "Normalize")):
         path = f"{index}_{name}" if index else ""
-        module = {"idx": index, "name": str(index), "path": path}
-        modules.append(module | {"type": f"sentence_transformers.models.{name}"})
         (folder / path).mkdir(exist_ok=True)
+        kind = f"sentence_transformers.models.{name}"
+        modules.append({"idx": index, "name": str(index), "path": path, "type": kind})
     write_json(folder / "modules.json", modules)
     write_json(folder / "sentence_bert_config.json", TRANSFORMER)
-    width = model.lvlm.config.decoder.hidden_size
-    pooling = {"embedding_dimension": width, "pooling_mode": "lasttoken"}
-    write_json(folder / "1_Pooling" / "config.json", pooling)
+    pooling = {"embedding_dimension": model.lvlm.config.decoder.hidden_size}
+    write_json(folder / "1_Pooling" / "config.json", pooling | {"pooling_mode": "lasttoken"})
     write_json(folder / "2_Normalize" / "config.json", {})
 
 
+# README.md; scores: what a run's scores.json holds.
 def save_card(model: VladVA, folder: Path, scores: dict | None) -> None:
-    """README.md; scores: what a run's scores.json holds."""
     table = ""
     if scores:
         table = "\n\n| held out | before | after |\n|---|---|---|"
@@ -286,15 +348,22 @@ def check_empty(folder: str | Path) -> None:
 
 
 def export(
-    model: VladVA, folder: str | Path, scores: dict | None = None, max_shard_size="5GB"
+    model: VladVA,
+    folder: str | Path,
+    scores: dict | None = None,
+    max_shard_size: int | str = "5GB",
+    adapter_only: bool = False,
 ) -> None:
     """Write an adapted model as a folder that others read; the model itself stays as it is."""
     folder = Path(folder)
     check_empty(folder)
     if not model.adapted:
-        raise ValueError("there is no adapter to merge: load one, or train one with train.py")
+        raise ValueError("there is no adapter to export: load one, or train one with train.py")
     tokenizer, embeddings, config = add_tokens(model)
-    save_merged(model, embeddings, folder, max_shard_size)
+    if adapter_only:
+        save_peft_adapter(model, embeddings, folder)
+    else:
+        save_merged(model, embeddings, folder, max_shard_size)
     save_processors(model, tokenizer, config, folder)
     save_prompts(model, config, folder)
     save_card(model, folder, scores)
@@ -302,16 +371,28 @@ def export(
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="extras.export", description="Merge an adapter.")
+    parser = argparse.ArgumentParser(prog="extras.export", description="An adapter for others.")
     data.add_model_flags(parser)
     parser.add_argument("--out", required=True, help="folder to write; it may not hold a model")
+    only_help = "peft's format, without the base's weights (default: merged into them)"
+    parser.add_argument("--adapter-only", action="store_true", help=only_help)
+    from_help = "folder of an adapter in peft's format, to become this project's (default: none)"
+    parser.add_argument("--from-peft", metavar="FOLDER", help=from_help)
     args = parser.parse_args(argv)
+    # before a model is loaded, which takes a while
     check_empty(args.out)
+    if args.from_peft:
+        tensors, config = read_peft_adapter(args.from_peft)
+        model = VladVA.from_pretrained(args.model, config=config)
+        model.load_adapter_state(tensors, args.from_peft)
+        model.save_adapter(args.out)
+        print(f"written: {args.out}, for --adapter")
+        return
     if args.adapter is None:
-        raise ValueError("there is no adapter to merge: --adapter wants a training run's folder")
+        raise ValueError("there is no adapter to export: --adapter wants a training run's folder")
     path = Path(args.adapter) / "scores.json"
     scores = read_json(path) if path.exists() else None
-    export(load_model(args), args.out, scores)
+    export(load_model(args), args.out, scores, adapter_only=args.adapter_only)
     print(f"written: {args.out}, for transformers and sentence-transformers (docs/export.md)")
 
 
