@@ -1,5 +1,6 @@
 """What the paper looks into: measures in closed form, and each study on a random model."""
 
+import itertools
 import json
 import math
 import random
@@ -14,7 +15,13 @@ from PIL import Image
 import data
 import eval as benchmarks
 from extras import scenes, studies
-from extras.studies import attention_density, components_for, cumulative_variance, output_entropy
+from extras.studies import (
+    QUERIES,
+    attention_density,
+    components_for,
+    cumulative_variance,
+    output_entropy,
+)
 from model import parse_config, read_json
 from vladva import VladVA, VladVAConfig
 
@@ -73,22 +80,14 @@ def test_components_for_a_share_of_the_variance_in_closed_form():
     assert [components_for(equal, share) for share in (0.05, 0.1, 0.9, 1.0)] == [1, 1, 9, 10]
 
 
-def test_rank_correlation_in_closed_form_and_uniform_p():
+def test_rank_correlation_in_closed_form():
     x = torch.tensor([3.0, 1.0, 2.0, 10.0, 7.0, 8.0, 9.0])
-    rho, p = studies.rank_correlation(x, x.exp())
-    assert rho == pytest.approx(1)
-    assert 1 / 10_001 <= p < 0.01
-    assert studies.rank_correlation(x, -x)[0] == pytest.approx(-1)
+    assert studies.rank_correlation(x, x.exp()) == pytest.approx(1)
+    assert studies.rank_correlation(x, -x) == pytest.approx(-1)
     tied = torch.tensor([1.0, 1.0, 2.0, 3.0])  # ranks 0.5 0.5 2 3 (from 0), against 0 1 2 3
-    rho, _ = studies.rank_correlation(tied, torch.arange(4.0))
+    rho = studies.rank_correlation(tied, torch.arange(4.0))
     assert rho == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    torch.manual_seed(0)
-    by_chance = []
-    for _ in range(40):
-        by_chance.append(studies.rank_correlation(torch.randn(12), torch.randn(12), 500)[1])
-    assert 0.3 < sum(by_chance) / 40 < 0.7
-    with pytest.raises(ValueError, match="equal values"):
-        studies.rank_correlation(torch.ones(3), torch.arange(3.0))
+    assert math.isnan(studies.rank_correlation(torch.ones(3), torch.arange(3.0)))
 
 
 def test_attention_density_of_uniform_of_pointed_and_of_scaled_maps():
@@ -141,22 +140,21 @@ def test_the_summary_tokens_attention_covers_the_image_and_no_later_token(random
     torch.testing.assert_close(maps.sum(-1), torch.stack(masses), rtol=1e-4, atol=1e-5)
 
 
-def test_a_cut_decoder_gives_the_states_between_its_layers(random_model):
-    decoder = random_model.lvlm.decoder
-    embeds = random_model.lvlm.embed(torch.arange(7)[None])
-    layers, norm = decoder.layers, decoder.norm
-    whole = decoder(embeds)
-    with studies.cut_decoder(decoder, len(layers)):
-        assert torch.equal(decoder(embeds), whole)
-    rotary = decoder.rotary(torch.arange(7)[None], embeds.dtype)
-    with studies.cut_decoder(decoder, 1):
-        torch.testing.assert_close(decoder(embeds), layers[0](embeds, rotary))
-    assert decoder.layers is layers
-    assert decoder.norm is norm
-    assert torch.equal(decoder(embeds), whole)
-
-
 # ---------------------------------------------------------------------------------- the studies
+
+LAYERS = ["2before", "2after", "1before", "1after"]
+
+
+def first_layer(model, modality, items):
+    """The outputs of the first layer at the summary token, normalised: (B, D)."""
+    outputs = []
+    hook = model.lvlm.decoder.layers[0].register_forward_hook(lambda *args: outputs.append(args[2]))
+    pixels, batch = model.image_batch(items) if modality == "image" else (None, None)
+    batch = batch or model.text_batch(items)
+    model.hidden_states(batch, modality, pixels)
+    hook.remove()
+    states = outputs[0][torch.arange(len(items)), batch.summary_index]
+    return torch.nn.functional.normalize(states, dim=-1)
 
 
 @pytest.mark.parametrize("name", ["tokens", "attention", "soft-prompts", "layers"])
@@ -166,7 +164,7 @@ def test_a_study_writes_numbers_before_and_after(
     """Without matplotlib: the numbers are written all the same, one line says what is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     results = study(name, random_folder, tmp_path, "--adapter", adapter)
-    assert ("pip install matplotlib" in capsys.readouterr().out) == (name != "soft-prompts")
+    assert ("pip install matplotlib" in capsys.readouterr().out) == (name == "attention")
     assert not list(tmp_path.glob("*.png"))
     model = VladVA.from_pretrained(random_folder, adapter=adapter)
     images, captions = images_and_captions(6)
@@ -175,31 +173,41 @@ def test_a_study_writes_numbers_before_and_after(
             states, _ = model.hidden_states(model.text_batch(captions), "text")
             logits = model.lvlm.lm_head(states)
         entropy = output_entropy(logits).mean().item()
-        assert results["measures"]["after"]["text entropy"] == pytest.approx(entropy, rel=1e-5)
+        before, after = results["measures"]
+        assert (before.pop(""), after.pop("")) == ("before", "after")
+        assert after["text entropy"] == pytest.approx(entropy, rel=1e-5)
         best = model.tokenizer.decode([logits[1].argmax().item()])
         share = logits[1].softmax(-1).max().item()
         likeliest = results["tokens"]["after, text"][1][0]
         assert likeliest == [best, pytest.approx(share, rel=1e-4)]
-        assert results["measures"]["before"] != results["measures"]["after"]
+        assert before != after
     if name == "attention":
         entropies = []
         for image in images:
             maps = studies.summary_attention(model, image)
             entropies.append(attention_density(maps)[0].mean().item())
-        density = results["density"]
-        assert density["after"]["entropy"] == pytest.approx(sum(entropies) / 6, rel=1e-5)
-        assert density["before"]["entropy"] != density["after"]["entropy"]
-        assert density["after"]["entropy"] < results["entropy when uniform"]
+        before, after = results["density"]
+        assert after["entropy"] == pytest.approx(sum(entropies) / 6, rel=1e-5)
+        assert before["entropy"] != after["entropy"]
+        assert after["entropy"] < results["entropy when uniform"]
     if name == "soft-prompts":
-        hand = "".join(row[0] for row in results["image"]).strip()
+        hand = "".join(row["prompt"] for row in results["image"]).strip()
         assert hand == VladVAConfig.image_prompt
-        assert all(-1 <= row[2] < 0.9999 for row in results["image"] + results["text"])
+        assert all(-1 <= row["cosine"] < 0.9999 for row in results["image"] + results["text"])
     if name == "layers":
         image_emb, text_emb = model.encode_image(images), model.encode_text(captions)
         recall = benchmarks.recall(image_emb, text_emb, torch.arange(6))["image_to_text R@1"]
-        assert results["layers"]["after"][-1]["image_to_text R@1"] == pytest.approx(recall)
-        assert [len(rows) for rows in results["layers"].values()] == [2, 2]
-        assert {"Replace", "Swap", "Add"} < results["layers"]["before"][0].keys()
+        rows = results["layers"]
+        assert [row["layer"] + row["adaptation"] for row in rows] == LAYERS
+        assert {"Replace", "Swap", "Add"} < rows[0].keys()
+        assert rows[1]["image_to_text R@1"] == pytest.approx(recall)
+        # the first layer alone, without the final norm
+        with torch.no_grad():
+            emb = {"image": first_layer(model, "image", images)}
+            emb["text"] = first_layer(model, "text", captions)
+        recall = benchmarks.recall(emb["image"], emb["text"], torch.arange(6))
+        for score in ("image_to_text R@1", "text_to_image R@1"):
+            assert rows[3][score] == pytest.approx(recall[score])
 
 
 def test_prompts_are_measured_one_pair_at_a_time(random_folder, tmp_path):
@@ -211,9 +219,16 @@ def test_prompts_are_measured_one_pair_at_a_time(random_folder, tmp_path):
     entropies = [row["entropy"] for row in rows]
     assert entropies == sorted(entropies)
     assert {row["image_prompt"] for row in rows} == {pair["image"] for pair in pairs}
-    for correlation in results["correlations"].values():
-        assert -1 <= correlation["rho"] <= 1
-        assert 0 < correlation["p"] <= 1
+    for row in rows:
+        assert row["entropy"] == pytest.approx((row["image entropy"] + row["text entropy"]) / 2)
+    # nothing is said of the order of a column of equal numbers, such as R@1 here
+    varied = []
+    for name in ("entropy", "components", "R@1"):
+        if len({row[name] for row in rows}) > 1:
+            varied.append(name)
+    names = [f"{a} and {b}" for a, b in itertools.combinations(varied, 2)]
+    assert list(results["correlations"]) == names
+    assert all(-1 <= rho <= 1 for rho in results["correlations"].values())
 
 
 def test_the_committed_prompts_are_50_pairs_that_the_tiny_model_reads_word_by_word():
@@ -227,7 +242,7 @@ def test_the_committed_prompts_are_50_pairs_that_the_tiny_model_reads_word_by_wo
             assert len(tokenizer.encode(prompt).ids) - 1 == num_words, prompt
 
 
-def test_generation_shows_every_model_and_that_switched_off_is_the_base(
+def test_generation_shows_the_untouched_the_adapted_model_and_the_rival(
     tmp_path, monkeypatch, capsys
 ):
     """On weights whose likeliest words the adapter changes: not all random ones are like that."""
@@ -238,14 +253,18 @@ def test_generation_shows_every_model_and_that_switched_off_is_the_base(
     adapter = tmp_path / "adapter"
     shaken(VladVA.from_pretrained(folder, config=config)).save_adapter(adapter)
     results = study("generation", folder, tmp_path, "--adapter", adapter, "--rival", adapter)
-    assert results["adapter off equals base"]
     answers = results["answers"]
-    assert set(answers) == {"base", "adapter", "adapter off", "rival"}
-    assert answers["rival"] == answers["adapter"] != answers["base"]
-    assert "adapter off: " in capsys.readouterr().out
+    assert set(answers) == {"before", "after", "rival"}
+    assert answers["rival"] == answers["after"] != answers["before"]
+    assert "before: " in capsys.readouterr().out
+    # image by image, question by question
+    untouched = VladVA.from_pretrained(folder)
+    images, _ = images_and_captions(2)
+    by_hand = [untouched.generate(image, query, 20) for image in images for query in QUERIES]
+    assert answers["before"] == by_hand
 
 
-@pytest.mark.parametrize("name", ["prompts", "tokens", "attention", "layers"])
+@pytest.mark.parametrize("name", ["prompts", "attention"])
 @pytest.mark.filterwarnings("ignore:Glyph|constrained_layout")
 def test_studies_draw_their_figures(name, random_folder, adapter, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which is an extra")
@@ -266,13 +285,16 @@ def test_studies_take_a_pairs_file_and_refuse_what_they_cannot_do(
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(rows))
     results = study("layers", random_folder, tmp_path, "--data", pairs)
-    assert results["layers"]["before"][0].keys() == {"image_to_text R@1", "text_to_image R@1"}
+    recalls = {"image_to_text R@1", "text_to_image R@1"}
+    assert results["layers"][0].keys() == {"layer", "adaptation"} | recalls
     (tmp_path / "prompts.json").write_text(json.dumps([{"image": "Describe it."}] * 3))
+    (tmp_path / "empty.json").write_text(json.dumps([{"image": "Describe it.", "text": " "}] * 3))
     pairs.write_text(rows[0])
     refused = {
         "no soft prompts to decode": ["soft-prompts"],
         "adapted model": ["prompts", "--adapter", str(adapter)],
         "wanted two or more": ["prompts", "--prompts", str(tmp_path / "prompts.json")],
+        "empty text ' '": ["prompts", "--prompts", str(tmp_path / "empty.json")],
         "gives 1 captioned rows": ["tokens", "--data", str(pairs)],
         "at least 2 are needed": ["tokens", "--items", "1"],
     }
