@@ -2,7 +2,8 @@
 
     from model import load_lvlm
     lvlm = load_lvlm("assets/tiny")  # a folder in the layout of llava-hf/llava-1.5-7b-hf
-    hidden_states = lvlm.decoder(lvlm.embed(input_ids))  # (B, T, D), after the final norm
+    inputs_embeds = lvlm.decoder.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
+    hidden_states = lvlm.decoder(inputs_embeds)  # (B, T, D), after the final norm
 
 Not here: prompts, embeddings and losses (vladva.py); tokenizer and images (data.py); adapters
 (lora.py); other architectures (extras/qwen2_vl.py); dropout, which LLaVA-1.5 does not have.
@@ -14,9 +15,7 @@ R LoRA rank, H heads, G key-value heads, K head width, S cache length, C vision 
 import dataclasses
 import importlib
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -42,26 +41,6 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted {kind}")
     return value
-
-
-def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """A file written aside and renamed: a kill or a full disk leaves the old one as it was."""
-    partial = Path(f"{path}.partial")
-    partial.unlink(missing_ok=True)  # never through a link that somebody put there
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error})") from None
-
-
-# Indented, so that people can read what a run or an export wrote.
-def write_json(path: str | Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def from_json(
@@ -126,16 +105,12 @@ class DecoderConfig:
     qkv_bias: bool = False  # Qwen2 has one on q, k and v
 
     def __post_init__(self):
-        if self.num_attention_heads % self.kv_heads or self.head_width % 2:
+        heads = self.num_attention_heads
+        # how a frozen dataclass fills in its fields
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
+        if heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(f"config.json: the head counts and widths do not divide in {self}")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 # What this code computes, by field; another value would silently give another model.
@@ -354,8 +329,8 @@ class KVCache:
     # token has seen, because a query sees only positions up to its own.
     def __init__(self, config: DecoderConfig, inputs_embeds: Tensor, prefix=None, more: int = 0):
         batch_size, width = inputs_embeds.shape[:2]
-        shape = (config.num_hidden_layers, batch_size, config.kv_heads, width + more)
-        self.keys = inputs_embeds.new_zeros(*shape, config.head_width)  # (layers, B, G, S, K)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, width + more)
+        self.keys = inputs_embeds.new_zeros(*shape, config.head_dim)  # (layers, B, G, S, K)
         self.values = torch.zeros_like(self.keys)
         first = 0 if prefix is None else prefix.keys.shape[3]
         if prefix is not None:
@@ -382,10 +357,10 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         bias = config.qkv_bias
-        query_width = config.num_attention_heads * config.head_width
-        key_width = config.kv_heads * config.head_width
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
         self.layer = layer
-        self.head_width = config.head_width
+        self.head_dim = config.head_dim
         self.grouped = query_width != key_width
         self.q_proj = nn.Linear(width, query_width, bias)
         self.k_proj = nn.Linear(width, key_width, bias)
@@ -396,7 +371,7 @@ class Attention(nn.Module):
         """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
         heads = []
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            heads.append(projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2))
+            heads.append(projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         q, k, v = heads
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
@@ -461,7 +436,7 @@ class Decoder(nn.Module):
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
         """cos and sin, each (B or 1, 1, T, K), of the tokens at position_ids (B or 1, T)."""
         config = self.config
-        frequencies = rotary_frequencies(config.head_width, config.rope_theta, position_ids.device)
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)
         return rotary_tables(position_ids[:, None, :, None].float() * frequencies, dtype)
 
     def forward(
@@ -509,10 +484,6 @@ class LVLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.weight.dtype
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> decoder inputs (B, T, D)."""
-        return self.decoder.embed_tokens(input_ids)
 
     def image_features(self, pixels: Any) -> Tensor:
         """Stacked images -> image tokens g(Phi_v(x_v)), (B, N, D), or (n, D) of any sizes."""
@@ -562,7 +533,7 @@ def generate(
             break
         cache.position = (lengths + step)[:, None]
         position = (next_position + step)[:, None]
-        last = lvlm.decoder(lvlm.embed(token[:, None]), position, cache)[:, 0]
+        last = lvlm.decoder(lvlm.decoder.embed_tokens(token[:, None]), position, cache)[:, 0]
     answers = torch.stack(tokens, dim=1).tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
 

@@ -33,9 +33,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import flag, rank_and_world_size, say
-from eval import HeldOutPairs, Measured, score_table
-from model import DTYPES, check_shapes, from_json, read_json, read_tensors, write_json
+from data import flag, rank_and_world_size, say, write_json
+from eval import HeldOutPairs, hold_out, report
+from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
@@ -83,7 +83,7 @@ def train(
     config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows: Callable = None
 ) -> dict:
     """Measure, adapt, measure again; returns what scores.json holds. open_rows: as open_data."""
-    device = data.init_distributed(data.pick_device(config.device))
+    device = data.init_distributed(config.device)
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
     model.attach(config.seed)
     if method.loss not in LOSSES:
@@ -103,8 +103,8 @@ def train(
         with model.adapter_disabled():
             before = held_out.measure(model) if len(held_out) > 1 else None
         adapt(model, rows, held_out, bad_rows, config)
-        after = held_out.measure(model) if len(held_out) > 1 else None
-        return report(out, held_out, before, after)
+        say(f"written: {out}/adapter.safetensors")
+        return report(out, held_out, before, held_out.measure(model)) if before else {}
 
 
 def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
@@ -138,14 +138,15 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
             bad_rows.add(data.all_gather_strings(batch.bad))
             num_signals = torch.tensor(len(received), device=model.lvlm.device)
             stopped = data.all_reduce_sum(num_signals).item()
-            too_many = bad_rows.too_many(len(bad_rows.messages), step * config.batch_size)
+            problem = bad_rows.problem(step * config.batch_size)
             # a checkpoint comes before anything that may end the run
-            due = stopped or too_many or time.monotonic() - saved > 60 * config.save_minutes
+            due = stopped or problem or time.monotonic() - saved > 60 * config.save_minutes
             due = due or step % config.save_every == 0 or step == config.steps
             if due and rank == 0:
                 save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
                 saved = time.monotonic()
-            bad_rows.check(len(bad_rows.messages), step * config.batch_size)
+            if problem:
+                raise ValueError(problem)
             if stopped and step < config.steps:
                 say(f"stopped after step {step}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
@@ -363,7 +364,7 @@ def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows) -> tup
     count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
     if count > len(pairs) - 2:
         raise ValueError(f"--holdout {count} leaves fewer than 2 of {len(pairs)} rows to train on")
-    return pairs, HeldOutPairs(pairs.hold_out(count, bad_rows))
+    return pairs, HeldOutPairs(hold_out(pairs, count, bad_rows))
 
 
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
@@ -497,24 +498,6 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
         if name not in MAY_CHANGE and run.get(name) != value:
             raise ValueError(f"{out} cannot go on: {name} was {run.get(name)!r}, not {value!r}")
     return configs_from_flags(run | {"device": None} | flags | {"out": out})
-
-
-def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured) -> dict:
-    """Print the table before / after; write scores.json and report.png."""
-    if after is None:
-        say(f"written: {out}/adapter.safetensors")
-        return {}
-    say(score_table({"before": before, "after": after}, held_out.chance))
-    scores = {}
-    for name, measured in (("before", before), ("after", after)):
-        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
-    if rank_and_world_size()[0] == 0:
-        from extras.plots import draw_report
-
-        write_json(out / "scores.json", scores)
-        draw_report(out, held_out, before, after)
-    say(f"written: {out}/adapter.safetensors, scores.json, report.png")
-    return scores
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import data
-from data import MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, BadRow, say
-from model import parse_config, read_json, write_whole
+from data import MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, BadRow, say, write_whole
+from model import parse_config, read_json
 from vladva import VladVA, VladVAConfig, load_model
 
 # what `fill` asks for; the long prompt is the paper's (Sec. 3.2.3), the short one LLaVA's
@@ -261,7 +261,8 @@ def fill(args: argparse.Namespace) -> None:
         bad_rows.add([json.loads(line) for line in lines if line.startswith('"')])
         num_rows += len(lines)
         # before they are written: with the images mended, these rows are tried again
-        bad_rows.check(len(bad_rows.messages), num_rows)
+        if problem := bad_rows.problem(num_rows):
+            raise ValueError(problem)
         if rank == 0:
             with open(part, "a", encoding="utf-8", errors="replace") as file:
                 file.writelines(lines)

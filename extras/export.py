@@ -23,8 +23,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 import data
+from data import write_json
 from lora import lora_layers
-from model import LVLM, LVLMConfig, from_json, read_json, read_tensors, write_json
+from model import LVLM, LVLMConfig, from_json, read_json, read_tensors
 from vladva import VladVA, VladVAConfig, load_model
 
 LLAVA_PREFIXES = (  # name here -> name in llava-hf's folders; the first that fits
@@ -112,7 +113,10 @@ def add_tokens(model: VladVA) -> tuple[tokenizers.Tokenizer, dict[int, Tensor], 
         # behind the trained vectors come the spaces, which are as they were
         _, prompt_ids, _ = split_ids(model, modality)
         spaces = torch.tensor(prompt_ids[len(soft_prompt) :], dtype=torch.long)
-        vectors = [*soft_prompt.detach(), *model.lvlm.embed(spaces.to(model.lvlm.device))]
+        vectors = [
+            *soft_prompt.detach(),
+            *model.lvlm.decoder.embed_tokens(spaces.to(model.lvlm.device)),
+        ]
         names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
         tokenizer.add_special_tokens(names)
         embeddings |= {tokenizer.token_to_id(name): x for name, x in zip(names, vectors)}

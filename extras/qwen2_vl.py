@@ -74,7 +74,7 @@ class Qwen2VLDecoderConfig(DecoderConfig):
     def __post_init__(self):
         super().__post_init__()
         section = self.mrope_section
-        half = self.head_width // 2
+        half = self.head_dim // 2
         if [type(size) for size in section] != [int] * 3 or sum(section) != half:
             raise ValueError(f"config.json: mrope_section is {section}, wanted 3, in sum {half}")
 
@@ -230,7 +230,7 @@ class Qwen2VLDecoder(model.Decoder):
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, (B or 1, 1, T, K); position_ids: (3, B, T), or (B or 1, T) for all axes."""
-        width, theta = self.config.head_width, self.config.rope_theta
+        width, theta = self.config.head_dim, self.config.rope_theta
         frequencies = model.rotary_frequencies(width, theta, position_ids.device)
         axes = position_ids if position_ids.dim() == 3 else [position_ids] * 3
         angles = []

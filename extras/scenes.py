@@ -22,7 +22,7 @@ from torch import Tensor
 
 import data
 import eval as bench
-from model import write_json
+from data import write_json
 from vladva import VladVA, load_model, similarity
 
 # ---------------------------------------------------------------------------------- the scenes
@@ -413,9 +413,22 @@ def described_scene(seed: int, index: int) -> tuple[Scene, Caption]:
     return scene, short_caption(scene, Random(f"captions {seed} {index}"))
 
 
+# An item that is added again keeps its index, so that it is encoded once.
+class IndexedList(list):
+    def __init__(self):
+        super().__init__()
+        self.indices = {}
+
+    def add(self, item: Scene | Caption) -> int:
+        index = self.indices.setdefault(item, len(self))
+        if index == len(self):
+            self.append(item)
+        return index
+
+
 def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int) -> bench.Benchmark:
     """Held-out scenes: a gallery, and num_items hard negatives a category and pairs a kind."""
-    scenes, texts = bench.IndexedList(), bench.IndexedList()
+    scenes, texts = IndexedList(), IndexedList()
     # the gallery: text i describes scene i, so a caption that two scenes share stands there twice
     for i in range(num_scenes):
         scene, caption = described_scene(seed, i)

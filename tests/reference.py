@@ -63,7 +63,7 @@ def compare_llava(folder: Path) -> None:
     pixels = torch.stack([ours.image_processor(image) for image in images])
     prompt = ours.config.detail_prompt
     sequence = ours.sequence(GENERATE_TEMPLATE, prompt)
-    batch = ours.collate([sequence] * len(images))
+    batch = data.collate([sequence] * len(images), ours.tokenizer)
 
     # their tokenizer reads one image token, which their processor would repeat
     their_ids = tokenizer(GENERATE_TEMPLATE.format(prompt=prompt)).input_ids

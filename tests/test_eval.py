@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import eval as benchmarks
+from extras import embeddings
 from vladva import next_token_loss
 
 
@@ -506,14 +507,14 @@ def test_saved_embeddings_score_the_same_and_refuse_another_benchmark(
         np.savez(file, **arrays | changes)
         assert message in refusal(capsys, tmp_path, "flickr30k")
     file.write_text("not an archive")
-    assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k")
+    assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k")
 
 
 BROKEN_EMBEDDINGS = {  # kind: (arrays instead of the whole ones, what is said of them)
     "one vector": ({"image_emb": np.ones(3)}, "image_emb is float64 (3,), wanted (3, D)"),
     "complex": ({"image_emb": np.ones((3, 4), complex)}, "image_emb is complex128"),
     "texts": ({"text_emb": np.full((6, 4), "a")}, "text_emb is <U1"),
-    "objects": ({"text_emb": np.full((6, 4), None)}, "cannot be read as .npz (Object arrays"),
+    "objects": ({"text_emb": np.full((6, 4), None)}, "cannot be used as embeddings (Object arrays"),
     "no width": ({"text_emb": np.ones((6, 0))}, "wanted (6, D) finite numbers"),
     "other widths": ({"text_emb": np.ones((6, 5))}, "image_emb is (3, 4), text_emb (6, 5)"),
     "a row of zeros": ({"text_emb": np.ones((6, 4)) * [[0]] + 0.0}, "not all 0"),
@@ -543,10 +544,10 @@ def test_a_file_that_is_no_whole_archive_is_one_line(tmp_path, capsys):
         [whole[: len(whole) // 2], whole.replace(b"descr", b"d\0scr"), b""]
     ):
         file.write_bytes(content)
-        assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k"), number
+        assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k"), number
     with open(file, "wb") as npy:
         np.save(npy, np.ones((3, 4)))
-    assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k")
+    assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k")
 
 
 def test_embeddings_of_any_magnitude_are_normalised_and_others_in_the_file_are_not_read(tmp_path):
@@ -559,7 +560,7 @@ def test_embeddings_of_any_magnitude_are_normalised_and_others_in_the_file_are_n
         np.savez(tmp_path / "emb.npz", image_emb=scale * emb[:3], text_emb=scale * emb)
         with zipfile.ZipFile(tmp_path / "emb.npz", "a") as archive:
             archive.writestr("other.npy", "no array")
-        image_emb, text_emb = benchmarks.load_embeddings(str(tmp_path / "emb.npz"), benchmark)
+        image_emb, text_emb = embeddings.load(str(tmp_path / "emb.npz"), benchmark)
         assert text_emb.dtype == torch.float32
         torch.testing.assert_close(text_emb, expected)
         torch.testing.assert_close(image_emb, expected[:3])

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data import write_json
 from extras.export import (
     PEFT_LAYERS,
     PEFT_ROWS,
@@ -35,7 +36,7 @@ from extras.export import (
     save_peft_adapter,
 )
 from lora import attach_lora
-from model import LVLM, load_lvlm, open_safetensors, parse_config, read_json, rename_key, write_json
+from model import LVLM, load_lvlm, open_safetensors, parse_config, read_json, rename_key
 from vladva import VladVA, VladVAConfig
 
 TEXTS = ["a red bus", " 2 dogs, and a cat.\n", "“Ä” 犬 {caption} {{ x }}", 'it\'s\na "quote"']

@@ -1,4 +1,4 @@
-"""The modules at the top import one another in one order, and reach extras through three doors."""
+"""The modules at the top import one another in one order, and reach extras through four doors."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,8 @@ ORDER = ("model", "lora", "data", "vladva", "eval", "train")  # each may import 
 DOORS = {  # the functions that reach into extras when they are called
     "model.parse_config",  # an architecture, by the name that ARCHITECTURES gives it
     "train.open_data",  # the rendered scenes
-    "train.report",  # the picture of a run
+    "eval.main",  # embeddings of other systems
+    "eval.report",  # the picture of a run
 }
 
 

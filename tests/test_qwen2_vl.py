@@ -9,6 +9,7 @@ import random
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,9 +87,11 @@ def outputs(lvlm, processor, which: tuple[int, ...]) -> dict:
         input_ids = all_input_ids[n]
         position_ids = config.position_ids(input_ids, grid)
         sequences.append(data.TokenSequence(input_ids, 0, 1, 0, position_ids=position_ids))
-    batch = data.collate(sequences, 0, config.image_token_id)
+    batch = data.collate(
+        sequences, SimpleNamespace(pad_token_id=0, image_token_id=config.image_token_id)
+    )
     features = lvlm.image_features(config.stack_images(patches))
-    embeds = lvlm.embed(batch.input_ids)
+    embeds = lvlm.decoder.embed_tokens(batch.input_ids)
     embeds = embeds.index_put(tuple(batch.image_token_index), features)
     hidden_states = lvlm.decoder(embeds, batch.position_ids)
     lengths = torch.tensor([len(sequence.input_ids) for sequence in sequences])
