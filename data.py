@@ -68,13 +68,15 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, config: LVLMConfig):
         path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
         try:
             self.inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is no tokenizer ({error})") from None
         self.encode = self.inner.encode  # text -> .ids, and .offsets in characters
         self.decode = self.inner.decode  # ids -> text without special tokens
-        self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
+        self.pad_token_id = config.end_tokens[0]  # never seen by a real token: any id would serve
         self.image_token_id = config.image_token_id
         # any of them in a caption would end a turn, or stand for an image that is not there
         added = self.inner.get_added_tokens_decoder().values()
@@ -275,6 +277,18 @@ def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
     return newer, read_json(newer).get("image_processor")
 
 
+# Of the three channels, from preprocessing settings: (mean, standard deviation)
+def channel_statistics(settings: dict, where: Path) -> tuple[np.ndarray, np.ndarray]:
+    statistics = []
+    for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        values = settings.get(key, default)
+        numbers = isinstance(values, list | tuple) and {*map(type, values)} <= {int, float}
+        if not numbers or len(values) != 3 or not 0 <= min(values) <= max(values) <= 1:
+            raise ValueError(f"{where}: {key} is {values!r:.99}, wanted 3 numbers from 0 to 1")
+        statistics.append(np.array(values))
+    return statistics[0], statistics[1].clip(min=1e-6)
+
+
 class ImageProcessor:
     """CLIP's preprocessing: shortest edge to the tower's side, then the centre; or "pad" first."""
 
@@ -290,8 +304,7 @@ class ImageProcessor:
             raise ValueError(f"LLaVA-1.5 takes images of {side} x {side}: no pixel budget to set")
         self.mode = vladva_config.image_mode
         self.side = side
-        self.mean = np.array(settings.get("image_mean", CLIP_MEAN))
-        self.std = np.array(settings.get("image_std", CLIP_STD))
+        self.mean, self.std = channel_statistics(settings, path)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image -> the (side, side) image that the vision tower sees."""
@@ -602,7 +615,14 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line; the usage is what --help is for."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def add_model_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="tiny", help=f"{', '.join(MODELS)}, a folder, a hub id (default: tiny)")
     add("--adapter", help="folder of a training run (default: the untouched model)")
@@ -612,7 +632,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def flag(default: typing.Any, help: str, **limits: typing.Any) -> typing.Any:
     """A dataclass field that is also a command-line flag; limits: low, high, or choices."""
-    return field(default=default, metadata={"help": help, "high": float("inf"), **limits})
+    return field(default=default, metadata={"help": help, "high": 1e9, **limits})
 
 
 # when a config is made, not when flags are parsed: Python callers make configs too
@@ -628,7 +648,7 @@ def check_bounds(config: typing.Any) -> None:
 
 
 # defaults live in the dataclass alone; fields without help are for Python callers
-def add_config_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_config_flags(parser: Parser, cls: type) -> None:
     for f in filter(lambda f: "help" in f.metadata, fields(cls)):
         default = "" if f.default is None else f" (default: {f.default})"
         options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}

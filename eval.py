@@ -519,7 +519,7 @@ def print_paper(files: list[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("eval.py", description="Benchmarks of a model or embeddings.")
+    parser = data.Parser("eval.py", description="Benchmarks of a model or embeddings.")
     add = parser.add_argument
     add("files", nargs="*", metavar="RESULT.json", help="results of earlier runs, for --task paper")
     add("--task", required=True, choices=[*BENCHMARKS, "paper"], help="which benchmark")

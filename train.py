@@ -22,7 +22,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ class TrainConfig:
     soft_prompt_lr: float | None = flag(None, "soft prompts' peak rate (default: 4 x lr)", low=0)
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
-    seed: int = flag(0, "of adapter weights, data order and training scenes", low=0)
+    seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of frozen weights (default: bfloat16 on cuda)", choices=DTYPES)
     num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
@@ -467,16 +467,16 @@ def run_folder(config: TrainConfig, method: VladVAConfig, resume: bool) -> Itera
     run = vars(config) | vars(method)
     with contextlib.ExitStack() as stack:
         if rank_and_world_size()[0] == 0:
-            if not resume and any((out / name).exists() for name in RUN_FILES):
-                raise ValueError(f"{out} holds another run: --resume it, or choose another --out")
             out.mkdir(parents=True, exist_ok=True)
-            # a lock of the system: a kill frees it too
-            lock = stack.enter_context(open(out / ".lock", "a"))
+            # a lock of the system on the folder itself: a kill frees it too
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{out} is in use by another run: choose another --out") from None
-            stack.callback(os.unlink, lock.name)
+            if not resume and any((out / name).exists() for name in RUN_FILES):
+                raise ValueError(f"{out} holds another run: --resume it, or choose another --out")
             if not resume:
                 write_json(out / "config.json", run | {"torch": torch.__version__})
         data.barrier()
@@ -494,6 +494,11 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     """The configs of the run in OUT that goes on; a flag that says otherwise is refused."""
     out = flags.get("out") or f"runs/{Path(flags.get('model', TrainConfig.model)).name}"
     run = read_json(Path(out) / "config.json")
+    missing = {f.name for f in (*fields(TrainConfig), *fields(VladVAConfig))} - run.keys()
+    if missing:
+        raise ValueError(
+            f"{out}/config.json lacks {', '.join(sorted(missing))}: no run of train.py"
+        )
     for name, value in flags.items():
         if name not in MAY_CHANGE and run.get(name) != value:
             raise ValueError(f"{out} cannot go on: {name} was {run.get(name)!r}, not {value!r}")
@@ -501,7 +506,7 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("train.py", description="Adapt an LVLM to embed (VladVA).")
+    parser = data.Parser("train.py", description="Adapt an LVLM to embed (VladVA).")
     data.add_config_flags(parser, TrainConfig)
     data.add_config_flags(parser, VladVAConfig)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")

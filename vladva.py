@@ -144,7 +144,7 @@ class VladVAConfig:
     detail_prompt: str = "Describe the image in detail."  # paper Sec. 3.2.3
     soft_prompts: bool = flag(True, "train soft prompts for the hand prompts")  # paper Sec. 3.3
     lora: bool = flag(True, "train LoRA on the decoder's linear layers")  # paper Sec. 3.3
-    lora_rank: int = flag(16, "rank of LoRA", low=1)  # second-hand notes on the paper
+    lora_rank: int = flag(16, "rank of LoRA", low=1, high=1024)  # second-hand notes on the paper
     lora_alpha: float = 16.0  # second-hand notes on the paper
     # ours: Eq. 1 prints no temperature; E5-V uses 0.05. A learned one is clamped to 0.01 .. 1
     temperature: float = flag(0.05, "tau of Eq. 1, 0.01 to 1", low=0.01, high=1.0)
@@ -293,7 +293,7 @@ class VladVA(nn.Module):
             # the space before the caption belongs to its first token
             question = text[: -len(long_caption)].rstrip(" ")
             caption_start = sum(end <= len(question) for _, end in encoding.offsets)
-            input_ids.append(lvlm_config.eos_token_id)
+            input_ids.append(lvlm_config.end_tokens[0])
         limit = lvlm_config.decoder.max_position_embeddings
         if len(input_ids) > limit:
             raise ValueError(f"{len(input_ids)} tokens exceed {limit}: {(caption or text)[:60]!r}")
@@ -499,7 +499,7 @@ def load_model(args: argparse.Namespace) -> VladVA:
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("vladva.py", description="Similarity of images and texts.")
+    parser = data.Parser("vladva.py", description="Similarity of images and texts.")
     parser.add_argument("inputs", nargs="+", metavar="IMAGE|TEXT", help="image files and texts")
     data.add_model_flags(parser)
     args = parser.parse_args(argv)

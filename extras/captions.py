@@ -360,7 +360,7 @@ def write_filled(part: Path, out: str) -> None:
 
 @data.command
 def main(argv: list[str] | None = None) -> Counter | None:
-    parser = argparse.ArgumentParser(prog="python -m extras.captions")
+    parser = data.Parser(prog="python -m extras.captions")
     commands = parser.add_subparsers(required=True, metavar="convert|check|fill")
     command = commands.add_parser("convert", help="public caption files -> one pairs file")
     command.set_defaults(run=convert)
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> Counter | None:
     command.add_argument("--out", required=True, help="the pairs file to write (required)")
     drop_help = "benchmarks' files, whose images are left out (default: none)"
     command.add_argument("--drop", nargs="+", default=[], metavar="FILE", help=drop_help)
-    pairs = argparse.ArgumentParser(add_help=False)
+    pairs = data.Parser(add_help=False)
     pairs.add_argument("pairs", metavar="PAIRS", help="the pairs file to read")
     images_help = "the folder that images may lie in (default: that of PAIRS)"
     pairs.add_argument("--images", metavar="FOLDER", help=images_help)

@@ -10,7 +10,6 @@ leaves out the base's weights and is in peft's format, which --from-peft reads. 
 docs/export.md. Not here: the original LLaVA's weights (extras/convert_llava.py).
 """
 
-import argparse
 import json
 import re
 from dataclasses import asdict, replace
@@ -279,7 +278,7 @@ Limits: an image or a text at a time, not both; a text that holds an added token
 # Tokenizer and image processor, as transformers reads them.
 def save_processors(model: VladVA, tokenizer, config: VladVAConfig, folder: Path) -> None:
     lvlm_config = model.lvlm.config
-    eos = lvlm_config.eos_token_id
+    eos = lvlm_config.end_tokens[0]
     tokenizer.save(str(folder / "tokenizer.json"))
     # transformers' Llama class would rebuild the tokenizer from its vocabulary, with other ids
     # beside added tokens; this one takes tokenizer.json as it is
@@ -375,7 +374,7 @@ def export(
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="extras.export", description="An adapter for others.")
+    parser = data.Parser(prog="extras.export", description="An adapter for others.")
     data.add_model_flags(parser)
     parser.add_argument("--out", required=True, help="folder to write; it may not hold a model")
     only_help = "peft's format, without the base's weights (default: merged into them)"

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import model
-from data import CLIP_MEAN, CLIP_STD, normalize_pixels, read_image_settings
+from data import channel_statistics, normalize_pixels, read_image_settings
 from model import DecoderConfig, LVLMConfig, apply_rotary, check_supported, from_json, read_json
 
 # The paper's words -> those of Qwen2-VL's chat template, with its default system turn.
@@ -120,8 +120,7 @@ class PatchProcessor:
             raise ValueError(f"{path}: images of {fewest!r} to {most!r} pixels, wanted {wanted}")
         self.min_pixels = fewest
         self.max_pixels = most
-        self.mean = np.array(settings.get("image_mean", CLIP_MEAN))
-        self.std = np.array(settings.get("image_std", CLIP_STD))
+        self.mean, self.std = channel_statistics(settings, path)
 
     def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) nearest to an image's own that the budget and the patches allow."""

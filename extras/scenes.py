@@ -8,7 +8,6 @@ part of the data: the tiny model's weights and every recorded table depend on it
 Not here: what the tiny model was pre-trained on (assets/make_tiny.py), the metrics (eval.py).
 """
 
-import argparse
 import itertools
 import math
 import re
@@ -540,7 +539,7 @@ def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict[str, fl
 @data.command
 def main(argv: list[str] | None = None) -> dict:
     about = "Measure a model on rendered scenes held out of training."
-    parser = argparse.ArgumentParser("python -m extras.scenes", description=about)
+    parser = data.Parser("python -m extras.scenes", description=about)
     add = parser.add_argument
     task_help = "score embeddings of scenes, or the model's own captions (default: scenes)"
     add("--task", choices=("scenes", "captions"), default="scenes", help=task_help)

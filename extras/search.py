@@ -6,7 +6,6 @@ Embeds its images once (FOLDER/vladva-*.index, a file for each model and adapter
 a new name, size or time: docs/search.md. Not here: several processes, an index library.
 """
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def draw_sheet(path: str, hits: list[tuple[str, str]], side: int = 128) -> None:
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m extras.search", description=__doc__.split("\n")[0])
+    parser = data.Parser("python -m extras.search", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="images, in subfolders too; the index is written there")
     parser.add_argument("text", help="what to look for")
     data.add_model_flags(parser)

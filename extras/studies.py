@@ -403,7 +403,7 @@ STUDIES = {
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m extras.studies", description=__doc__)
+    parser = data.Parser("python -m extras.studies", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))

@@ -112,8 +112,8 @@ def outputs(lvlm, raw):
 def test_outputs_equal_transformers_in_every_layout(case, layout, tmp_path):
     """Image features, hidden states, logits and 16 greedy tokens of two sequences in one batch."""
     reference, raw = recorded(case)
-    endless = raw | {"text_config": raw["text_config"] | {"eos_token_id": -1}}  # as recorded
-    lvlm = load_lvlm(write_layout(tmp_path, endless, layout))
+    lvlm = load_lvlm(write_layout(tmp_path, raw, layout))
+    object.__setattr__(lvlm.config, "eos_token_id", -1)  # recorded without an end
     results = outputs(lvlm, raw)
     assert results.keys() == reference.keys()
     for name, value in reference.items():
@@ -451,7 +451,7 @@ def test_a_pickle_is_not_read(random_folder, tmp_path):
         (
             "multi_modal_projector.linear_1.bias",
             torch.zeros(64, dtype=torch.int8),
-            "linear_1.bias is .*[iI](nt)?8, wanted",
+            "linear_1.bias is .*[iI](nt)?8",
         ),
     ],
 )

@@ -383,10 +383,13 @@ def test_dimensions_below_one_are_refused_by_name(section, change, message):
         LVLM(parse_config(changed_config(section, change)))
 
 
-def test_several_end_tokens_are_refused_by_name():
-    """Llama 3's config.json lists two; LLaVA-1.5's has one, which trained captions end in."""
-    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 3\], wanted"):
-        parse_config(changed_config("text_config", {"eos_token_id": [2, 3]}))
+def test_several_end_tokens_are_read_and_need_embeddings():
+    """Llama 3's config.json lists two; any ends an answer, the first ends trained captions."""
+    config = parse_config(changed_config("text_config", {"eos_token_id": [2, 3]}))
+    assert config.end_tokens == [2, 3]
+    for tokens in ([], [2, "3"], [2, -1], -1):
+        with pytest.raises(ValueError, match="no embedding of <image> or end token"):
+            parse_config(changed_config("text_config", {"eos_token_id": tokens}))
 
 
 @pytest.mark.parametrize("rope_type", ["rope_type", "type"])

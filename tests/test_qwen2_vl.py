@@ -465,7 +465,7 @@ SECTIONS = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
         ({"vision_config": None}, "vision_config is None, wanted a JSON object"),
         ({"vision_config": {"in_chans": 1}}, "vision_config: in_chans is 1"),
         ({"vision_config": {"patch_size": [14, 14]}}, r"patch_size is \[14, 14\]"),
-        ({"vision_config": {"depth": 0}}, "vision_config: depth is 0, wanted 1 or more"),
+        ({"vision_config": {"depth": 0}}, "vision_config: depth is 0, wanted 1 to 1000"),
         ({"vision_config": {"embed_dim": 50}}, "embed_dim 50, no multiple of 4 num_heads"),
     ],
 )
