@@ -617,7 +617,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="tiny", help=f"{', '.join(MODELS)}, a folder, a hub id (default: tiny)")
-    add("--adapter", help="folder of a training run (default: the untouched model)")
+    add("--adapter", help="a training run's folder, or peft's (default: the untouched model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=sorted(DTYPES), help="of weights (default: bfloat16; float32 on a cpu)")
 
