@@ -128,9 +128,8 @@ class TokenSequence:
 
 def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, int]:
     """(the template with its two fields filled in, the character at which the prompt begins)."""
-    before, after = template.split("{prompt}")
-    before = before.replace("{caption}", caption)
-    return before + prompt + after.replace("{caption}", caption), len(before)
+    before, after = (part.replace("{caption}", caption) for part in template.split("{prompt}"))
+    return before + prompt + after, len(before)
 
 
 def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
@@ -152,8 +151,7 @@ def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tup
 class Movable:
     # a frozen dataclass cannot change in place: a copy, with all that can move on the device
     def to(self, device: str | torch.device) -> typing.Any:
-        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()}
-        return type(self)(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")})
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ def names_image(argument: str) -> bool:
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or a PIL image of any mode -> RGB, upright (EXIF); ValueError names a bad file."""
+    """A path or a PIL image of any mode -> opaque RGB, upright; ValueError names a bad file."""
     if not isinstance(source, Image.Image):
         if not os.path.isfile(source):  # nor is a pipe, on which reading would wait
             raise ValueError(f"{source}: no such image file")
@@ -268,6 +266,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float32)
         values = values / 256 if values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:  # laid on white, as transformers does
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image if image.mode == "RGB" else image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
@@ -310,8 +310,7 @@ class ImageProcessor:
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
         # resize, keeping the shape, and cut out the centre
-        shortest = min(image.size)
-        width, height = (self.side * edge // shortest for edge in image.size)
+        width, height = (self.side * edge // min(image.size) for edge in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.side) // 2, (height - self.side) // 2
         return image.crop((left, top, left + self.side, top + self.side))

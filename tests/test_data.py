@@ -56,6 +56,53 @@ def test_every_mode_becomes_rgb(mode):
     assert np.asarray(image).min() < 60
 
 
+def transparent_images(folder):
+    """{name: path} of images, transparent on the left and of grey 90 on the right."""
+    half = np.zeros((20, 20), np.uint8)
+    half[:, 10:] = 1
+    grey = Image.fromarray(90 * half)
+    alpha = Image.fromarray(255 * half)
+    palette = Image.fromarray(half, "P")
+    palette.putpalette([10, 20, 30, 90, 90, 90])
+    images = {
+        "RGBA": (Image.merge("RGBA", (grey, grey, grey, alpha)), {}),
+        "LA": (Image.merge("LA", (grey, alpha)), {}),
+        "L": (grey, {"transparency": 0}),
+        "RGB": (grey.convert("RGB"), {"transparency": (0, 0, 0)}),
+        "P": (palette, {"transparency": 0}),
+        "P, bytes": (palette, {"transparency": b"\0\xff"}),
+    }
+    paths = {}
+    for name, (image, options) in images.items():
+        paths[name] = folder / f"{name}.png"
+        image.save(paths[name], **options)
+    paths["WEBP"] = folder / "RGBA.webp"
+    images["RGBA"][0].save(paths["WEBP"], lossless=True)
+    paths["GIF"] = folder / "P.gif"
+    palette.save(paths["GIF"], transparency=0)
+    return paths
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    """It was black, or any colour that lay beneath; transformers lays opened images on white."""
+    for name, path in transparent_images(tmp_path).items():
+        opened = Image.open(path)
+        opened.load()
+        for source in (path, opened):
+            pixels = np.asarray(data.open_image(source))
+            assert (pixels[:, :10] == 255).all() and (pixels[:, 10:] == 90).all(), name
+
+
+def test_half_transparent_is_half_white():
+    for mode, colour in (("RGBA", (0, 100, 200, 51)), ("RGBa", (0, 20, 40, 51))):
+        image = data.open_image(Image.new(mode, (9, 9), colour))
+        assert image.getpixel((4, 4)) == (204, 224, 244)  # 4/5 of 255, 1/5 of the colour
+    # an opaque image keeps its bytes, with an alpha channel or without
+    opaque = gradient().convert("RGB")
+    for image in (opaque, opaque.convert("RGBA")):
+        assert data.open_image(image).tobytes() == opaque.tobytes()
+
+
 def test_sixteen_bit_greys_keep_their_upper_bits():
     image = Image.fromarray(np.array([[0, 128 << 8, 255 << 8]], dtype=np.uint16))
     assert np.asarray(data.open_image(image))[0, :, 0].tolist() == [0, 128, 255]
