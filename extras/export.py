@@ -268,8 +268,8 @@ Embeddings of images and texts by {base}, adapted by VladVA (arXiv 2412.04378).
 vladva.json holds the prompts and the configuration of the training.{scores}
 
 Limits: an image or a text at a time, not both; a text that holds an added token such as
-`<text_prompt_0>` is read as the prompt; a text over {positions} tokens is cut. Of a path transparency
-is dropped: give PIL.ImageOps.exif_transpose(PIL.Image.open("a.png")), which is laid on white.
+`<text_prompt_0>` is read as the prompt; a text over {positions} tokens is cut. Of a path
+transparency is dropped; PIL.ImageOps.exif_transpose(PIL.Image.open(path)) is laid on white.
 """
 
 
