@@ -504,6 +504,7 @@ class BadRows:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
     write_whole(path, functools.partial(save_file, tensors, metadata=metadata))
+    path.chmod(0o644)  # safetensors 0.8 lets nobody else read what it writes
 
 
 # The device that was asked for, or the first CUDA device, or the CPU

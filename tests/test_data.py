@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import stat
 import sys
 import warnings
 
@@ -612,6 +613,12 @@ def test_a_file_is_not_written_through_a_link_that_somebody_made(tmp_path):
     data.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
     assert (tmp_path / "victim").read_text() == "as it was"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "victim"]
+
+
+def test_others_can_read_a_file_of_tensors(tmp_path):
+    """A run of one account could not be evaluated by another: safetensors 0.8 writes mode 0600."""
+    data.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
 
 
 def test_a_file_of_tensors_is_there_whole_or_not_at_all(tmp_path):
