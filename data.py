@@ -123,9 +123,8 @@ class TokenSequence:
 
 def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, int]:
     """(the template with its two fields filled in, the character at which the prompt begins)."""
-    before, after = template.split("{prompt}")
-    before = before.replace("{caption}", caption)
-    return before + prompt + after.replace("{caption}", caption), len(before)
+    before, after = (part.replace("{caption}", caption) for part in template.split("{prompt}"))
+    return before + prompt + after, len(before)
 
 
 def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
@@ -147,8 +146,7 @@ def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tup
 class Movable:
     # a frozen dataclass cannot change in place: a copy, with all that can move on the device
     def to(self, device: str | torch.device) -> typing.Any:
-        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()}
-        return type(self)(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")})
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ def names_image(argument: str) -> bool:
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or a PIL image of any mode -> RGB, upright (EXIF); ValueError names a bad file."""
+    """A path or a PIL image of any mode -> opaque RGB, upright; ValueError names a bad file."""
     if not isinstance(source, Image.Image):
         if not os.path.isfile(source):  # nor is a pipe, on which reading would wait
             raise ValueError(f"{source}: no such image file")
@@ -262,6 +260,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float32)
         values = values / 256 if values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:  # laid on white, as transformers does
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image if image.mode == "RGB" else image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
@@ -315,8 +315,7 @@ class ImageProcessor:
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
         # resize, keeping the shape, and cut out the centre
-        shortest = min(image.size)
-        width, height = (self.side * edge // shortest for edge in image.size)
+        width, height = (self.side * edge // min(image.size) for edge in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left = (width - self.side) // 2
         top = (height - self.side) // 2
@@ -510,6 +509,7 @@ def write_json(path: str | Path, value: typing.Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
     write_whole(path, functools.partial(save_file, tensors, metadata=metadata))
+    path.chmod(0o644)  # safetensors 0.8 lets nobody else read what it writes
 
 
 # (number of this process, how many) among those that torchrun started; (0, 1) without it
@@ -625,7 +625,7 @@ class Parser(argparse.ArgumentParser):
 def add_model_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="tiny", help=f"{', '.join(MODELS)}, a folder, a hub id (default: tiny)")
-    add("--adapter", help="folder of a training run (default: the untouched model)")
+    add("--adapter", help="a training run's folder, or peft's (default: the untouched model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=sorted(DTYPES), help="of weights (default: bfloat16; float32 on a cpu)")
 

@@ -481,10 +481,14 @@ class VladVA(nn.Module):
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """Tensors and config of folder/adapter.safetensors; ValueError when there is no such thing."""
+    """Tensors and config of a run's adapter.safetensors, or of a folder in peft's format."""
     path = Path(folder) / "adapter.safetensors"
+    if not path.exists() and (path.parent / "adapter_config.json").exists():
+        from extras.export import read_peft_adapter
+
+        return read_peft_adapter(folder)
     if not path.exists():
-        raise ValueError(f"{path} not found: --adapter wants the folder of a training run")
+        raise ValueError(f"{path} not found: --adapter wants a training run's folder, or peft's")
     tensors, metadata = read_tensors(path)
     if "adapter" not in metadata:
         raise ValueError(f"{path} carries no config: it was not written by this project")

@@ -112,7 +112,6 @@ def convert(source: Path, out: Path) -> None:
         folder = Path(aside) / "model"
         folder.mkdir()
         data.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors 0.8 makes it the writer's alone
         tokenizer.save(str(folder / "tokenizer.json"))
         data.write_json(folder / "preprocessor_config.json", settings)
         data.write_json(folder / "config.json", config.raw)

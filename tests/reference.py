@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import ImageOps
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
-from transformers.image_utils import load_image
 
 import data
 from extras import scenes
@@ -138,8 +138,8 @@ def compare_merged(name: str, adapter: str) -> None:
     def embed(inputs):
         return F.normalize(model(**inputs).last_hidden_state[:, -1].float(), dim=-1)
 
-    def embed_image(source):
-        image = load_image(source)
+    def embed_image(image):
+        image = ImageOps.exif_transpose(image)
         return embed(processor(images=image, text=prompts["image"], return_tensors="pt"))
 
     def embed_text(text):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import stat
 import sys
 import warnings
 
@@ -55,6 +56,53 @@ def test_every_mode_becomes_rgb(mode):
     # neither white nor black all over
     assert np.asarray(image).max() > 150
     assert np.asarray(image).min() < 60
+
+
+def transparent_images(folder):
+    """{name: path} of images, transparent on the left and of grey 90 on the right."""
+    half = np.zeros((20, 20), np.uint8)
+    half[:, 10:] = 1
+    grey = Image.fromarray(90 * half)
+    alpha = Image.fromarray(255 * half)
+    palette = Image.fromarray(half, "P")
+    palette.putpalette([10, 20, 30, 90, 90, 90])
+    images = {
+        "RGBA": (Image.merge("RGBA", (grey, grey, grey, alpha)), {}),
+        "LA": (Image.merge("LA", (grey, alpha)), {}),
+        "L": (grey, {"transparency": 0}),
+        "RGB": (grey.convert("RGB"), {"transparency": (0, 0, 0)}),
+        "P": (palette, {"transparency": 0}),
+        "P, bytes": (palette, {"transparency": b"\0\xff"}),
+    }
+    paths = {}
+    for name, (image, options) in images.items():
+        paths[name] = folder / f"{name}.png"
+        image.save(paths[name], **options)
+    paths["WEBP"] = folder / "RGBA.webp"
+    images["RGBA"][0].save(paths["WEBP"], lossless=True)
+    paths["GIF"] = folder / "P.gif"
+    palette.save(paths["GIF"], transparency=0)
+    return paths
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    """It was black, or any colour that lay beneath; transformers lays opened images on white."""
+    for name, path in transparent_images(tmp_path).items():
+        opened = Image.open(path)
+        opened.load()
+        for source in (path, opened):
+            pixels = np.asarray(data.open_image(source))
+            assert (pixels[:, :10] == 255).all() and (pixels[:, 10:] == 90).all(), name
+
+
+def test_half_transparent_is_half_white():
+    for mode, colour in (("RGBA", (0, 100, 200, 51)), ("RGBa", (0, 20, 40, 51))):
+        image = data.open_image(Image.new(mode, (9, 9), colour))
+        assert image.getpixel((4, 4)) == (204, 224, 244)  # 4/5 of 255, 1/5 of the colour
+    # an opaque image keeps its bytes, with an alpha channel or without
+    opaque = gradient().convert("RGB")
+    for image in (opaque, opaque.convert("RGBA")):
+        assert data.open_image(image).tobytes() == opaque.tobytes()
 
 
 def test_sixteen_bit_greys_keep_their_upper_bits():
@@ -565,6 +613,12 @@ def test_a_file_is_not_written_through_a_link_that_somebody_made(tmp_path):
     data.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
     assert (tmp_path / "victim").read_text() == "as it was"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "victim"]
+
+
+def test_others_can_read_a_file_of_tensors(tmp_path):
+    """A run of one account could not be evaluated by another: safetensors 0.8 writes mode 0600."""
+    data.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
 
 
 def test_a_file_of_tensors_is_there_whole_or_not_at_all(tmp_path):

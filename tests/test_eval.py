@@ -245,6 +245,22 @@ def test_nocaps_is_the_mean_of_its_domains(tmp_path, capsys):
     assert "KeyError: 'domain'" in refusal(capsys, tmp_path, "nocaps")
 
 
+def test_all_captions_of_nocaps_count_by_default(tmp_path):
+    """It has ten of an image, of which only five were read."""
+    images = []
+    captions = []
+    for i, domain in enumerate(("in-domain", "near-domain", "out-domain")):
+        images.append({"id": i, "domain": domain, "file_name": f"{i}.jpg"})
+        write_image(tmp_path / f"{i}.jpg")
+        for n in range(10):
+            captions.append({"image_id": i, "id": 10 * i + n, "caption": f"caption {n} of {i}"})
+    file = tmp_path / "nocaps_val_4500_captions.json"
+    write(file, {"images": images, "annotations": captions})
+    assert read(tmp_path, "nocaps").counts["captions"] == 30
+    assert read(tmp_path, "nocaps", "--captions", "0").counts["captions"] == 30
+    assert read(tmp_path, "nocaps", "--captions", "5").counts["captions"] == 15
+
+
 def sugarcrepe_files(tmp_path, categories, as_list=False, **fields):
     """Two equal rows a category; their keys have a gap between them."""
     for number, category in enumerate(categories):
@@ -518,6 +534,7 @@ BROKEN_EMBEDDINGS = {  # kind: (arrays instead of the whole ones, what is said o
     "no width": ({"text_emb": np.ones((6, 0))}, "wanted (6, D) finite numbers"),
     "other widths": ({"text_emb": np.ones((6, 5))}, "image_emb is (3, 4), text_emb (6, 5)"),
     "a row of zeros": ({"text_emb": np.ones((6, 4)) * [[0]] + 0.0}, "not all 0"),
+    "two rows of zeros": ({"text_emb": np.eye(6, 4)}, "not all 0"),
     "infinite": ({"text_emb": np.full((6, 4), np.inf)}, "finite numbers"),
     "short names": ({"images": ["1.jpg", "2.jpg"]}, "its images are not the benchmark's"),
     "too large": ({"image_emb": np.zeros((3, 200_000), np.int8)}, "image_emb has over 394,240"),
