@@ -170,8 +170,7 @@ def run_step(model: VladVA, batch: "StepBatch", optimizer: AdamW, step: int, con
     # here, and not later: a broken model is never saved
     if not math.isfinite(line["loss"] + line["grad_norm"]):
         problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
-        rows = ", ".join(batch.where[:8]) + " ..." * (len(batch.where) > 8)
-        raise ValueError(f"step {step}: {problem}; rows {rows}; lower --lr, or use --dtype float32")
+        raise ValueError(f"step {step}: {problem}: lower --lr; its rows: {batch.where!s:.500}")
     return line
 
 
@@ -235,20 +234,18 @@ def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tupl
 
 def embedding_gradients(model: VladVA, parts: list[Embeddings]) -> tuple[Tensor, list[Embeddings]]:
     """The embedding loss of all processes, and its gradient at each of this one's parts."""
-    # image, text and further embeddings of all parts: this process's are leaves of a small graph
-    leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts)]
-    whole_batch = []
-    for leaf in leaves:
-        rows, first = data.all_gather_rows(leaf.detach())
-        whole_batch.append(torch.cat([rows[:first], leaf, rows[first + len(leaf) :]]))
-    loss = model.loss.function(model, Embeddings(*whole_batch))
+    # image, text and further embeddings of the whole batch, the leaves of a small graph
+    gathered = [data.all_gather_rows(torch.cat(column).detach()) for column in zip(*parts)]
+    leaves = Embeddings(*(rows.requires_grad_() for rows, _ in gathered))
+    loss = model.loss.function(model, leaves)
     if loss.requires_grad:
         loss.backward()
-    # back into the micro-batches that the rows came from
+    # back into the micro-batches that this process's rows came from
     columns = []
-    for leaf, column in zip(leaves, zip(*parts)):
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        columns.append(gradient.split([len(part) for part in column]))
+    for (rows, first), column in zip(gathered, zip(*parts)):
+        gradient = torch.zeros_like(rows) if rows.grad is None else rows.grad
+        sizes = [len(part) for part in column]
+        columns.append(gradient[first : first + sum(sizes)].split(sizes))
     return loss, [Embeddings(*gradients) for gradients in zip(*columns)]
 
 

@@ -424,7 +424,7 @@ def test_an_adapter_of_other_layers_is_refused(random_folder, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     path.unlink()
-    with pytest.raises(ValueError, match="adapter_model.safetensors cannot be read"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors (cannot be read|not found)"):
         read_peft_adapter(theirs)
     with pytest.raises(ValueError, match="adapter_config.json is missing"):
         read_peft_adapter(tmp_path)

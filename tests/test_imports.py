@@ -107,8 +107,8 @@ def test_a_module_that_breaks_the_order_or_opens_another_door_is_seen():
         "importlib.import_module(name)",
         "__import__(name)",
     ):
-        broken = f"{read('eval')}\n\ndef f(name):\n    {line}\n"
-        assert doors({"eval": broken}) == {"eval.f"}, line
-        assert doors({"eval": f"{read('eval')}\n{line}\n"}) == {"eval."}, line
+        broken = f"{read('lora')}\n\ndef f(name):\n    {line}\n"
+        assert doors({"lora": broken}) == {"lora.f"}, line
+        assert doors({"lora": f"{read('lora')}\n{line}\n"}) == {"lora."}, line
     assert names_of_extras('NAME = "extras.scenes"\n') == {("NAME", "extras.scenes")}
     assert names_of_extras('def f():\n    """See extras/scenes.py."""\n') == set()
