@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import DTYPES, LVLMConfig, check_supported, read_json
+from model import DTYPES, LVLMConfig, check_supported, parse_json, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -85,8 +85,8 @@ class Tokenizer:
         ids = self.encode("a").ids
         bos = config.bos_token_id
         problem = None
-        if self.inner.id_to_token(config.image_token_id) != config.image_token:
-            problem = f"no {config.image_token} at id {config.image_token_id}"
+        if self.encode(config.image_token).ids[-1:] != [config.image_token_id]:
+            problem = f"{config.image_token} is not one token {config.image_token_id}"
         elif bos is not None and (ids[:1] != [bos] or ids.count(bos) != 1):
             problem = f"not one token {bos} at the beginning of a text"
         elif max(self.inner.get_vocab().values()) >= config.decoder.vocab_size:
@@ -301,7 +301,7 @@ class ImageProcessor:
         supported |= {"crop_size": ({"height": side, "width": side}, side)}
         check_supported(settings, supported, str(path))
         if vladva_config.min_pixels or vladva_config.max_pixels:
-            raise ValueError(f"LLaVA-1.5 takes images of {side} x {side}: no pixel budget to set")
+            raise ValueError("min_pixels or max_pixels: LLaVA-1.5 has no pixel budget to set")
         self.mode = vladva_config.image_mode
         self.side = side
         self.mean, self.std = channel_statistics(settings, path)
@@ -362,11 +362,11 @@ class BadRow(ValueError):
 def parse_row(line: str, where: str) -> dict:
     """A JSON line -> its dict, where "short" is a list, "long" may be None, "generated" a dict."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: not a JSON object ({error})") from None
+        row = parse_json(line, where)
+    except ValueError as error:
+        raise BadRow(str(error)) from None
     wanted = '{"image": "path", "short": caption or captions, "long": caption}'
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+    if not isinstance(row.get("image"), str):
         raise BadRow(f"{where}: wanted {wanted}, got {line:.80}")
     # a misspelled key would silently cost all its captions
     unknown = sorted(row.keys() - {"image", "short", "long", "generated"})
@@ -460,8 +460,7 @@ class BadRows:
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.messages = list(dict.fromkeys(before + self.messages))
         if self.messages and rank_and_world_size()[0] == 0:
-            text = "\n".join([*self.messages, ""])
-            write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_text(path, "\n".join([*self.messages, ""]))
         self.path = path if rank_and_world_size()[0] == 0 else os.devnull
 
     def add(self, messages: list[str]) -> None:
@@ -501,10 +500,13 @@ def write_whole(path: str | Path, write: typing.Callable[[Path], typing.Any]) ->
         raise OSError(f"{path} could not be written ({error})") from None
 
 
+def write_text(path: str | Path, text: str) -> None:
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 # Indented, so that people can read what a run or an export wrote.
 def write_json(path: str | Path, value: typing.Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
@@ -533,11 +535,6 @@ def init_distributed(name: str | None) -> str:
         else:
             dist.init_process_group("gloo")
     return str(device)
-
-
-def barrier() -> None:
-    if rank_and_world_size()[1] > 1:
-        dist.barrier()
 
 
 # The sum of a tensor over all processes, in place
@@ -649,7 +646,7 @@ def check_bounds(config: typing.Any) -> None:
 
 # defaults live in the dataclass alone; fields without help are for Python callers
 def add_config_flags(parser: Parser, cls: type) -> None:
-    for f in filter(lambda f: "help" in f.metadata, fields(cls)):
+    for f in filter(lambda f: f.metadata.get("help"), fields(cls)):
         default = "" if f.default is None else f" (default: {f.default})"
         options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
         kind = (typing.get_args(f.type) or (f.type,))[0]

@@ -14,7 +14,6 @@ Not here: the benchmark of rendered scenes (extras/scenes.py), figures (extras/s
 import argparse
 import functools
 import itertools
-import json
 import os
 import typing
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from torch.utils.data import Subset
 
 import data
 from data import format_table, rank_and_world_size, say
-from model import read_json
+from model import parse_json, read_json
 from vladva import VladVA, load_model, next_token_loss, similarity
 
 # ------------------------------------------------------------------------- metrics, in percent
@@ -208,7 +207,7 @@ def read_karpathy(folder: Folder, args: argparse.Namespace) -> Benchmark:
             names = [f"{row['filepath']}/{names[0]}", *names, f"{row['cocoid']:012d}.jpg"]
         images.append(folder.image(*names))
         captions.append([clean_text(line["raw"], args) for line in row["sentences"][:limit]])
-    return retrieval(images, captions) if images else folder.refuse("no row of split 'test'")
+    return retrieval(images, captions)
 
 
 # Inside each domain, their plain mean as the paper reports it, and in the whole.
@@ -271,7 +270,7 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
     images = []
     texts = []
     for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        row = parse_json(line, f"{folder.root}/examples.jsonl")
         for index in (0, 1):
             name = row[f"image_{index}"]
             images.append(folder.image(name, f"{name}.png", f"{name}.jpg"))
@@ -328,9 +327,12 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
     if not folder.root.is_dir():
         folder.refuse("no such folder")
     try:
-        return reader(folder, args)
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+        benchmark = reader(folder, args)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
+    if not benchmark.images or not benchmark.texts:
+        folder.refuse("it holds no images, or no captions, of the test split")
+    return benchmark
 
 
 # ---------------------------------------------------------------------------------- embeddings
@@ -408,6 +410,8 @@ class HeldOutPairs:
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
+        images = [row["image"] for row in rows]
+        self.benchmark = retrieval(images, [row["short"][:1] for row in rows])
         self.chance = {}
         for direction, k in itertools.product(("image_to_text", "text_to_image"), (1, 5, 10)):
             self.chance[f"{direction} R@{k}"] = min(100.0, 100 * k / max(1, len(rows)))
@@ -416,10 +420,8 @@ class HeldOutPairs:
         return len(self.rows)
 
     def measure(self, model: VladVA) -> Measured:
-        images = [row["image"] for row in self.rows]
-        benchmark = retrieval(images, [row["short"][:1] for row in self.rows])
-        image_emb, text_emb = embed_benchmark(model, benchmark)
-        scores = benchmark.score(image_emb, text_emb)
+        image_emb, text_emb = embed_benchmark(model, self.benchmark)
+        scores = self.benchmark.score(image_emb, text_emb)
         # Eq. 2 takes longer than all embeddings: on the first 300 long captions
         described = [row for row in self.rows if row["long"]][:300]
         caption_loss = None
@@ -428,11 +430,18 @@ class HeldOutPairs:
             caption_loss = mean_caption_loss(model, [row["image"] for row in described], captions)
         return Measured(scores, similarity(image_emb, text_emb), caption_loss)
 
-    def image(self, index: int) -> Path:
-        return self.rows[index]["image"]
 
-    def caption(self, index: int) -> str:
-        return self.rows[index]["short"][0]
+def open_data(config: typing.Any, model: VladVA, bad_rows: data.BadRows) -> tuple:
+    """(rows to train on, what is held out), of scenes or a pairs file. config: TrainConfig."""
+    if config.data == "scenes":
+        from extras import scenes
+
+        return scenes.open_scenes(config, model)
+    pairs = data.Pairs(config.data, model.tokenizer)
+    count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
+    if count > len(pairs) - 2:
+        raise ValueError(f"--holdout {count} leaves fewer than 2 of {len(pairs)} rows to train on")
+    return pairs, HeldOutPairs(hold_out(pairs, count, bad_rows))
 
 
 # Of the scores that `chance` names, with chance beside them.

@@ -32,17 +32,22 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------- configuration
 
 
+def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
+    """The JSON object (or the other kind) in a text; ValueError names where that is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: a JSON {type(value).__name__}, wanted {kind}")
+    return value
+
+
 def read_json(path: str | Path, kind: type = dict) -> Any:
     """The JSON object (or the other kind) in a file; ValueError when it is missing or broken."""
     if not Path(path).is_file():  # nor is a pipe, on which reading would wait
         raise ValueError(f"{path} is missing")
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted {kind}")
-    return value
+    return parse_json(Path(path).read_bytes(), path, kind)
 
 
 def from_json(
@@ -91,6 +96,10 @@ class VisionConfig:
     image_size: int = 224  # pixels, square
     patch_size: int = 32  # pixels, square
     layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"config.json: the width is no multiple of the heads in {self}")
 
 
 @dataclass(frozen=True)
@@ -310,16 +319,13 @@ class Projector(nn.Module):
 # ------------------------------------------------------------------------------------- decoder
 
 
-Rotary = tuple[Tensor, Tensor]  # cos and sin, (B or 1, 1, T, K) each
-
-
 # Frequencies of `width` rotated channels, (width / 2,), in float32.
 def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
     return theta**-exponents
 
 
-def rotary_tables(angles: Tensor, dtype: torch.dtype) -> Rotary:
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of angles (..., K / 2), each (..., K): channel i is paired with i + K / 2."""
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -377,7 +383,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, key_width, bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
 
-    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
         heads = []
         for projection in (self.q_proj, self.k_proj, self.v_proj):
@@ -385,7 +391,8 @@ class Attention(nn.Module):
         q, k, v = heads
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, cache: KVCache | None = None) -> Tensor:
+        """x: (B, T, D); rotary: cos and sin, (B or 1, 1, T, K) each."""
         q, k, v = self.project(x, rotary)
         # no mask in training: sequences are right-padded, so that no real token sees the padding,
         # and the fused kernel is taken (on CUDA in bfloat16: FlashAttention); with a cache the mask
@@ -422,7 +429,7 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, cache: KVCache | None = None, state_index: Tensor = None
+        self, x: Tensor, rotary: tuple, cache: KVCache | None = None, state_index: Tensor = None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         # no later layer mixes tokens: the last MLP runs only for the states that are wanted
@@ -443,7 +450,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each (B or 1, 1, T, K), of the tokens at position_ids (B or 1, T)."""
         config = self.config
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)

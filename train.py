@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 from data import flag, rank_and_world_size, say, write_json
-from eval import HeldOutPairs, hold_out, report
+from eval import HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
@@ -69,7 +69,7 @@ class TrainConfig:
     num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
-    keep_checkpoints: int = 2
+    num_checkpoints: int = 2  # that are kept
     holdout: int | None = flag(None, "scenes or rows to measure on (default: up to 1000)", low=0)
     eval_every: int | None = flag(None, "steps between measurements (default: at the ends)", low=1)
     num_scenes: int = 20000  # training scenes to draw from
@@ -143,7 +143,7 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
             due = stopped or problem or time.monotonic() - saved > 60 * config.save_minutes
             due = due or step % config.save_every == 0 or step == config.steps
             if due and rank == 0:
-                save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
+                save_checkpoint(out, step, model, optimizer, config.num_checkpoints)
                 saved = time.monotonic()
             if problem:
                 raise ValueError(problem)
@@ -170,7 +170,7 @@ def run_step(model: VladVA, batch: "StepBatch", optimizer: AdamW, step: int, con
     # here, and not later: a broken model is never saved
     if not math.isfinite(line["loss"] + line["grad_norm"]):
         problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
-        raise ValueError(f"step {step}: {problem}: lower --lr; its rows: {batch.where!s:.500}")
+        raise ValueError(f"step {step}: {problem}; rows {batch.where!s:.500}; lower --lr")
     return line
 
 
@@ -351,19 +351,6 @@ def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Dat
     return DataLoader(Steps(model, rows, config), batch_size=None, sampler=numbers, **options)
 
 
-def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows) -> tuple:
-    """(rows to train on, what is held out) of the rendered scenes or of a pairs file."""
-    if config.data == "scenes":
-        from extras import scenes
-
-        return scenes.open_scenes(config, model)
-    pairs = data.Pairs(config.data, model.tokenizer)
-    count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
-    if count > len(pairs) - 2:
-        raise ValueError(f"--holdout {count} leaves fewer than 2 of {len(pairs)} rows to train on")
-    return pairs, HeldOutPairs(hold_out(pairs, count, bad_rows))
-
-
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
@@ -476,7 +463,6 @@ def run_folder(config: TrainConfig, method: VladVAConfig, resume: bool) -> Itera
                 raise ValueError(f"{out} holds another run: --resume it, or choose another --out")
             if not resume:
                 write_json(out / "config.json", run | {"torch": torch.__version__})
-        data.barrier()
         say("  ".join(f"{name}={value!r}" for name, value in run.items()))
         yield out
 

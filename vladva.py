@@ -36,6 +36,7 @@ from model import (
     from_json,
     generate,
     load_lvlm,
+    parse_json,
     read_json,
     read_tensors,
 )
@@ -151,8 +152,9 @@ class VladVAConfig:
     learn_temperature: bool = flag(False, "train tau as well")
     next_token_weight: float = flag(1.0, "weight of Eq. 2", low=0)  # the paper reads as a plain sum
     image_mode: str = flag("crop", "crop or pad", choices=("crop", "pad"))  # pad: original LLaVA
-    min_pixels: int | None = None  # of an image, Qwen2-VL only; None: as the model's folder says
-    max_pixels: int | None = None
+    # of an image, Qwen2-VL only; None: as the model's folder says
+    min_pixels: int | None = flag(None, help="", low=1)
+    max_pixels: int | None = flag(None, help="", low=1)
 
     def __post_init__(self):
         data.check_bounds(self)
@@ -189,11 +191,11 @@ class VladVA(nn.Module):
     ) -> "VladVA":
         """A model by name, hub id or folder, with the adapter of a training run if one is named."""
         folder = data.model_folder(name)
+        merged = folder / "vladva.json"  # of a folder that extras/export.py wrote
         if adapter is not None:
             tensors, config = read_adapter(adapter)
-        elif config is None and (folder / "vladva.json").exists():  # extras/export.py wrote it
-            merged = read_json(folder / "vladva.json").get("config")
-            config = from_json(VladVAConfig, merged, f"{folder}/vladva.json")
+        elif config is None and merged.exists():
+            config = from_json(VladVAConfig, read_json(merged).get("config"), str(merged))
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype)
         tokenizer = data.Tokenizer(folder, lvlm.config)
@@ -328,9 +330,8 @@ class VladVA(nn.Module):
         image_rows = [row for row in rows if row["image"] is not None]
         images = [row["image"] for row in image_rows]
         # Eq. 1 is on the images that have a short caption
-        image_of_text = []
-        if "pairs" in self.loss.inputs:
-            image_of_text = [index for index, row in enumerate(image_rows) if row["short"]]
+        image_of_text = [index for index, row in enumerate(image_rows) if row["short"]]
+        image_of_text = image_of_text if "pairs" in self.loss.inputs else []
         short_captions = [image_rows[index]["short"] for index in image_of_text]
         # Eq. 2 is on the long captions; at weight 0 none is read
         captions = [row["long"] if self.config.next_token_weight else None for row in image_rows]
@@ -467,9 +468,8 @@ class VladVA(nn.Module):
         data.write_tensors(Path(folder) / "adapter.safetensors", tensors, {"adapter": about})
 
     def load_adapter_state(self, tensors: dict[str, Tensor], source: str | Path) -> None:
-        """Copy an adapter's tensors into this model, attached first if need be; strict on names."""
-        if not self.adapted:
-            self.attach()
+        """Attach an adapter and copy its tensors into it; strict on names and shapes."""
+        self.attach()
         parameters = self.trained_parameters()
         # encoding needs nothing of a loss that is not registered here
         if self.config.loss not in LOSSES:
@@ -492,7 +492,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
     tensors, metadata = read_tensors(path)
     if "adapter" not in metadata:
         raise ValueError(f"{path} carries no config: it was not written by this project")
-    return tensors, from_json(VladVAConfig, json.loads(metadata["adapter"])["config"], str(path))
+    about = parse_json(metadata["adapter"], path)
+    return tensors, from_json(VladVAConfig, about.get("config"), str(path))
 
 
 def load_model(args: argparse.Namespace) -> VladVA:
@@ -508,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     data.add_model_flags(parser)
     args = parser.parse_args(argv)
     images = [value for value in args.inputs if data.names_image(value)]
-    texts = [value for value in args.inputs if not data.names_image(value)]
+    texts = [value for value in args.inputs if value not in images]
     if not images or not texts:
         raise ValueError(f"{len(images)} images and {len(texts)} texts: one of each is needed")
     model = load_model(args)

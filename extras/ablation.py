@@ -18,9 +18,10 @@ from tqdm import tqdm
 import data
 import train
 from data import write_json
+from eval import open_data
 from extras.plots import save_figure
 from model import read_json
-from vladva import VladVAConfig
+from vladva import VladVA, VladVAConfig
 
 UNTOUCHED = "untouched"
 ON_LONG = "Eq. 1 on long captions"  # what paper Sec. 3.2.2 warns of
@@ -51,8 +52,8 @@ class LongInPlaceOfShort:
 
 
 def open_long_rows(config: train.TrainConfig, model, bad_rows):
-    """As train.open_data, with the long captions in the place of the short ones."""
-    rows, held_out = train.open_data(config, model, bad_rows)
+    """As open_data, with the long captions in the place of the short ones."""
+    rows, held_out = open_data(config, model, bad_rows)
     return LongInPlaceOfShort(rows), held_out
 
 
@@ -163,6 +164,9 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--seeds {seeds} --jobs {jobs}: 1 or more, and not under torchrun")
     if config.holdout in (0, 1) or method.loss != "vladva":
         raise ValueError("wanted --loss vladva, to compare its parts, and --holdout 2 or more")
+    # what cannot be trained on is refused before anything is written
+    model = VladVA.from_pretrained(config.model, config=method)
+    open_data(config, model, data.BadRows())
     with train.run_folder(config, method, resume):
         return ablate(config, method, seeds, jobs)
 

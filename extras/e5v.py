@@ -20,6 +20,7 @@ from torch import Tensor
 
 import data
 import train
+from eval import open_data
 from extras import scenes
 from vladva import LOSSES, Embeddings, VladVA, image_text_loss, similarity
 
@@ -107,7 +108,7 @@ class TextRows:
 
 def open_rows(config: train.TrainConfig, model: VladVA, bad_rows: data.BadRows, text_data: str):
     """(rows to train on, what is held out); text_data: scenes, or a CSV file."""
-    pairs, held_out = train.open_data(config, model, bad_rows)
+    pairs, held_out = open_data(config, model, bad_rows)
     pairs = None if model.config.loss == "text-text" else pairs
     if text_data != "scenes":
         triples = read_triples(text_data, model.tokenizer)

@@ -24,7 +24,7 @@ from torch import Tensor
 import data
 from data import write_json
 from lora import lora_layers
-from model import LVLM, LVLMConfig, from_json, read_json, read_tensors
+from model import LVLM, LVLMConfig, from_json, parse_json, read_json, read_tensors
 from vladva import VladVA, VladVAConfig, load_model
 
 LLAVA_PREFIXES = (  # name here -> name in llava-hf's folders; the first that fits
@@ -227,7 +227,7 @@ def read_peft_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConf
         name = f"lvlm.decoder.{match[1]}.lora_{match[2].lower()}" if match else key
         tensors[name] = tensor.float()
     if "adapter" in metadata:
-        about = json.loads(metadata["adapter"])
+        about = parse_json(metadata["adapter"], folder)
         values = about["config"]
         rows = tensors.pop(PEFT_ROWS, None)
         # the image prompt's rows, then spaces, then the text prompt's
@@ -334,9 +334,12 @@ def save_card(model: VladVA, folder: Path, scores: dict | None) -> None:
     table = ""
     if scores:
         table = "\n\n| held out | before | after |\n|---|---|---|"
-        before = scores["before"]["scores"]
-        for name, after in scores["after"]["scores"].items():
-            table += f"\n| {name} | {before[name]:.1f} | {after:.1f} |"
+        try:
+            before = scores["before"]["scores"]
+            for name, after in scores["after"]["scores"].items():
+                table += f"\n| {name} | {before[name]:.1f} | {after:.1f} |"
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"scores.json is not that of a run ({error!r:.99})") from None
     repo = data.MODELS.get(model.name, model.name)
     base = Path(repo).name if Path(repo).is_dir() else repo
     positions = model.lvlm.config.decoder.max_position_embeddings

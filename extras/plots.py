@@ -5,7 +5,7 @@
 Not here: what the figures of the studies and of the ablation show (studies.py, ablation.py).
 """
 
-import json
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import data
 from data import say
 from eval import Measured
+from model import parse_json
 
 INK = (40, 40, 40)
 NUM_QUERIES = 6  # captions in the report
@@ -34,10 +35,20 @@ CURVES = {  # key of metrics.jsonl: what stands above its curve
 def read_metrics(out: str | Path) -> list[dict]:
     """The lines of OUT/metrics.jsonl; ValueError when there are none."""
     path = Path(out) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     if not lines:
         raise ValueError(f"{path} has no steps to draw: wanted the folder of a run")
-    return [json.loads(line) for line in lines]
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        values = parse_json(line, f"{path}:{number}")
+        for name in ("step", *CURVES):
+            value = values.get(name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{path}:{number}: {name} is {value!r:.99}, wanted a number")
+        metrics.append(values)
+    return metrics
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -72,7 +83,7 @@ def draw_nearest(page, corner: tuple[int, int], held_out, query: int, measured: 
     """One caption and the images nearest to it. corner: (left, top) in pixels."""
     left, top = corner
     pen = ImageDraw.Draw(page)
-    caption = textwrap.shorten(held_out.caption(query), 66, placeholder=" ...")
+    caption = textwrap.shorten(held_out.benchmark.texts[query], 66, placeholder=" ...")
     pen.text((left, top), caption, INK, ImageFont.load_default(12))
     scores = measured.sim[:, query]  # (images,)
     nearest = scores.topk(min(NUM_NEAREST, len(scores))).indices.tolist()
@@ -80,7 +91,7 @@ def draw_nearest(page, corner: tuple[int, int], held_out, query: int, measured: 
         x, y = left + place * (SIDE + 8), top + 18
         if index == query:
             pen.rectangle((x - 4, y - 4, x + SIDE + 3, y + SIDE + 3), fill=(30, 160, 60))
-        image = data.open_image(held_out.image(index))
+        image = data.open_image(held_out.benchmark.images[index])
         page.paste(ImageOps.pad(image, (SIDE, SIDE), color="white"), (x, y))
 
 

@@ -489,12 +489,6 @@ class HeldOutScenes:
         caption_loss = bench.mean_caption_loss(model, images, captions)
         return bench.Measured(self.benchmark.score(image_emb, text_emb), sim, caption_loss)
 
-    def image(self, index: int) -> Image.Image:
-        return self.benchmark.images[index]
-
-    def caption(self, index: int) -> str:
-        return self.benchmark.texts[index]
-
 
 def open_scenes(config, model: VladVA) -> tuple[Scenes, HeldOutScenes]:
     """(rows to train on, what is held out) of a run. config: train.TrainConfig."""

@@ -284,9 +284,9 @@ def test_equal_names_in_two_folders_are_two_images(public):
             json.dumps([*LLAVA, conversation("3", ["x"], "y")]),
             "what follows caption 2 (TypeError: image ['x']",
         ),
-        (json.dumps(LLAVA)[:-40], "a.json is not valid JSON"),
-        ("[" * 100_000, "a.json is not valid JSON"),
-        ("a.jpg\ta caption\n", "a.json is not valid JSON"),
+        (json.dumps(LLAVA)[:-40], "a.json: not valid JSON"),
+        ("[" * 100_000, "a.json: not valid JSON"),
+        ("a.jpg\ta caption\n", "a.json: not valid JSON"),
         ("[]", "a.json holds no images"),
     ],
 )
@@ -644,7 +644,7 @@ def test_bad_rows_are_left_out_and_listed(lacking, capsys):
     images = [json.loads(line)["image"] for line in out.read_text("utf-8").splitlines()]
     assert images == [f"{i}.png" for i in range(12) if i != 2]
     first, second = Path(f"{out}.bad_rows.txt").read_text().splitlines()
-    assert "2.png: cannot be decoded" in first and "jsonl:14: not a JSON object" in second
+    assert "2.png: cannot be decoded" in first and "jsonl:14: not valid JSON" in second
 
 
 def test_too_many_bad_rows_end_fill_and_what_is_done_stays(lacking, capsys):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("model", "lora", "data", "vladva", "eval", "train")  # each may import only those before it
 DOORS = {  # the functions that reach into extras when they are called
     "model.parse_config",  # an architecture, by the name that ARCHITECTURES gives it
-    "train.open_data",  # the rendered scenes
+    "eval.open_data",  # the rendered scenes
     "eval.main",  # embeddings of other systems
     "eval.report",  # the picture of a run
     "vladva.read_adapter",  # an adapter in peft's format

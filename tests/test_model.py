@@ -297,7 +297,7 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors not found"):
         load_lvlm(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
         load_lvlm(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json is missing"):

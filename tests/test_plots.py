@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import Measured
+from eval import Benchmark, Measured
 from extras import plots
 
 
@@ -22,11 +22,10 @@ class HeldOut:
     def __len__(self):
         return 3
 
-    def image(self, index):
-        return self.images[index]
-
-    def caption(self, index):
-        return f"number {index} " + "and many more words " * 9
+    @property
+    def benchmark(self):
+        texts = [f"number {index} " + "and many more words " * 9 for index in range(3)]
+        return Benchmark(self.images, texts, None, {})
 
 
 def write_metrics(folder, steps):

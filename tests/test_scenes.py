@@ -242,8 +242,8 @@ def test_a_run_holds_out_as_many_scenes_as_it_says_and_measures_them(random_mode
     assert len(held_out) == 6
     side = random_model.lvlm.config.vision.image_size
     image = scenes.render(scenes.make_scene(7, 2), side)
-    assert held_out.image(2).tobytes() == image.tobytes()
-    assert held_out.caption(2) == str(scenes.described_scene(7, 2)[1])
+    assert held_out.benchmark.images[2].tobytes() == image.tobytes()
+    assert held_out.benchmark.texts[2] == str(scenes.described_scene(7, 2)[1])
     measured = held_out.measure(random_model)
     assert measured.sim.shape == (6, 6) and measured.caption_loss > 0
     assert held_out.chance.keys() <= measured.scores.keys()

@@ -285,7 +285,7 @@ def save_gradients_of_a_rank(folder, rows_file, out, loss):
     own, _ = gradients(model_with_loss(folder, loss), rows[rank::world_size], 3, True)
     if rank == 0:
         torch.save(own, out)
-    data.barrier()
+    data.all_reduce_sum(torch.zeros(1))
     torch.distributed.destroy_process_group()
 
 
@@ -543,7 +543,7 @@ def test_a_tenth_of_the_rows_is_held_out(random_folder, pairs):
     model = VladVA.from_pretrained(random_folder)
     for holdout, count in ((None, 2), (6, 6), (0, 0)):
         config = TrainConfig(data=str(pairs), holdout=holdout)
-        rows, held_out = training.open_data(config, model, data.BadRows())
+        rows, held_out = benchmarks.open_data(config, model, data.BadRows())
         assert len(held_out) == count
         assert len(rows) == 24 - count
 
@@ -745,7 +745,7 @@ def test_a_checkpoint_is_written_by_time_as_well(random_folder, pairs, tmp_path)
         steps=3,
         holdout=0,
         save_minutes=1e-9,
-        keep_checkpoints=9,
+        num_checkpoints=9,
     )
     training.train(config, VladVAConfig(lora_rank=4))
     assert saved_steps(tmp_path / "run") == ["step-000001", "step-000002", "step-000003"]
