@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import signal
@@ -345,12 +346,22 @@ class Steps:
         return StepBatch(micro_batches, [row["where"] for row in rows], bad)
 
 
-def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> DataLoader:
+# torchrun signals all processes at once: those that make batches end with the one that trains.
+def ignore_signals(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[StepBatch]:
     """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
-    workers = config.num_workers or 0
-    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    steps = Steps(model, rows, config)
     numbers = range(first_step, config.steps + 1)
-    return DataLoader(Steps(model, rows, config), batch_size=None, sampler=numbers, **options)
+    if not config.num_workers:
+        return map(steps.__getitem__, numbers)
+    # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
+    options = {"worker_init_fn": ignore_signals, "collate_fn": pickle.dumps, "prefetch_factor": 1}
+    options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
+    return map(pickle.loads, DataLoader(steps, batch_size=None, sampler=numbers, **options))
 
 
 def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows) -> tuple:
@@ -381,6 +392,7 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
             raise ValueError("--steps and --epochs: give one of them")
         steps = max(1, round(config.epochs * steps_per_epoch))
     lr = 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size if config.lr is None else config.lr
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     settings = {
         "out": f"runs/{Path(config.model).name}",
         "steps": steps,
@@ -389,7 +401,7 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
         "gradient_checkpointing": cuda,
         "lr": lr,
         "soft_prompt_lr": 4 * lr,
-        "num_workers": 8 if cuda else 0,
+        "num_workers": min(8, cores) if cuda else 0,
     }
     # what was asked for comes first; a run that goes on finds steps here, and no epochs
     settings |= {name: value for name, value in vars(config).items() if value is not None}
