@@ -39,6 +39,7 @@ from eval import HeldOutPairs, Measured, score_table
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors, write_json
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
+TRAIN_DTYPES = ("float32", "bfloat16")  # small gradients would be 0 in float16
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
 MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on

@@ -622,6 +622,7 @@ BAD_REQUESTS = [
     (["--lora-rank", "0"], "--lora-rank is 0"),
     (["--loss", "other"], "loss is 'other', known are vladva"),
     (["--dtype", "int8"], "'int8'"),
+    (["--dtype", "float16"], "--dtype is 'float16': wanted 'float32' or 'bfloat16'"),
     (["--device", "tpu"], "--device tpu cannot be used here"),
     (["--image-mode", "squash"], "'crop' or 'pad'"),
     (["--temperature", "0"], "--temperature is 0.0"),
