@@ -10,7 +10,6 @@ Not here: prompts and losses (vladva.py), benchmarks (eval.py), public caption f
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -29,14 +28,14 @@ import tokenizers
 import torch
 import torch.distributed as dist
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import DTYPES, LVLMConfig, check_supported, read_json, shard_files, write_whole
+from model import DTYPES, LVLMConfig, check_supported, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,16 +56,9 @@ def model_folder(name: str | Path) -> Path:
         return Path(repo)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise ValueError(f"no model {repo!r:.99}: give {', '.join(MODELS)}, a hub id or a folder")
-    files = ["*.safetensors", "*.json"]  # no pickles
-    # the cache first, without the network; what an interrupted download left does not count
-    with contextlib.suppress(LocalEntryNotFoundError, ValueError):
-        folder = Path(snapshot_download(repo, allow_patterns=files, local_files_only=True))
-        if (folder / "config.json").exists() and shard_files(folder):
-            return folder
-    # the hub, which fetches only what the cache lacks
-    say(f"{repo} is not whole in {constants.HF_HUB_CACHE}: fetching it from {constants.ENDPOINT}")
+    say(f"{repo}: what {constants.HF_HUB_CACHE} lacks comes from {constants.ENDPOINT}")
     try:
-        return Path(snapshot_download(repo, allow_patterns=files))
+        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:  # the hub's are among them
         raise ValueError(f"{repo} was not fetched ({error!r:.99}): try --model FOLDER") from None
 
@@ -76,13 +68,16 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, config: LVLMConfig):
         path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
         try:
             self.inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is no tokenizer ({error})") from None
         self.encode = self.inner.encode  # text -> .ids, and .offsets in characters
         self.decode = self.inner.decode  # ids -> text without special tokens
-        self.pad_token_id = config.eos_token_id  # never seen by a real token: any id would serve
+        self.pad_token_id = config.end_tokens[0]  # never seen by a real token: any id would serve
+        self.image_token_id = config.image_token_id
         # any of them in a caption would end a turn, or stand for an image that is not there
         added = self.inner.get_added_tokens_decoder().values()
         self.special_tokens = sorted(token.content for token in added if token.special)
@@ -128,9 +123,8 @@ class TokenSequence:
 
 def fill_template(template: str, prompt: str, caption: str = "") -> tuple[str, int]:
     """(the template with its two fields filled in, the character at which the prompt begins)."""
-    before, after = template.split("{prompt}")
-    before = before.replace("{caption}", caption)
-    return before + prompt + after.replace("{caption}", caption), len(before)
+    before, after = (part.replace("{caption}", caption) for part in template.split("{prompt}"))
+    return before + prompt + after, len(before)
 
 
 def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tuple[int, int, int]:
@@ -152,8 +146,7 @@ def find_spans(offsets: list, prefix: str, prompt: str, prompt_char: int) -> tup
 class Movable:
     # a frozen dataclass cannot change in place: a copy, with all that can move on the device
     def to(self, device: str | torch.device) -> typing.Any:
-        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in vars(self).items()}
-        return type(self)(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")})
 
 
 @dataclass(frozen=True)
@@ -172,19 +165,18 @@ class Batch(Movable):
     def prefixes(self) -> "Batch":
         """The sequences cut after their summary tokens: all that the embeddings depend on."""
         width = self.prefix_width
-        return replace(
-            self,
-            input_ids=self.input_ids[:, :width],
-            caption_index=self.caption_index[:0],
-            caption_targets=self.caption_targets[:0],
-            position_ids=None if self.position_ids is None else self.position_ids[..., :width],
-        )
+        no_tokens = self.caption_index[:0]
+        cut = {"input_ids": self.input_ids[:, :width]}
+        cut |= {"caption_index": no_tokens, "caption_targets": no_tokens}
+        if self.position_ids is not None:
+            cut["position_ids"] = self.position_ids[..., :width]
+        return replace(self, **cut)
 
 
-def collate(sequences: list[TokenSequence], pad_token_id: int, image_token_id: int) -> Batch:
+def collate(sequences: list[TokenSequence], tokenizer: Tokenizer) -> Batch:
     """Pad sequences on the right, where causal attention never lets a real token see it."""
     rows = [torch.tensor(sequence.input_ids) for sequence in sequences]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)  # (B, T)
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, T)
     in_caption = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         if sequence.caption_start is not None:
@@ -198,7 +190,7 @@ def collate(sequences: list[TokenSequence], pad_token_id: int, image_token_id: i
         input_ids=input_ids,
         prompt_start=torch.tensor([sequence.prompt_start for sequence in sequences]),
         summary_index=torch.tensor([sequence.summary_index for sequence in sequences]),
-        image_token_index=(input_ids == image_token_id).nonzero().T,
+        image_token_index=(input_ids == tokenizer.image_token_id).nonzero().T,
         # the state at t - 1 predicts the caption token at t
         caption_index=in_caption.flatten().nonzero()[:, 0] - 1,
         caption_targets=input_ids[in_caption],
@@ -249,7 +241,7 @@ def names_image(argument: str) -> bool:
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path or a PIL image of any mode -> RGB, upright (EXIF); ValueError names a bad file."""
+    """A path or a PIL image of any mode -> opaque RGB, upright; ValueError names a bad file."""
     if not isinstance(source, Image.Image):
         if not os.path.isfile(source):  # nor is a pipe, on which reading would wait
             raise ValueError(f"{source}: no such image file")
@@ -268,6 +260,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float32)
         values = values / 256 if values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:  # laid on white, as transformers does
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image if image.mode == "RGB" else image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
@@ -281,6 +275,18 @@ def read_image_settings(folder: str | Path) -> tuple[Path, dict]:
         return path, read_json(path)
     # transformers 5 writes the settings into the file that older ones have beside them
     return newer, read_json(newer).get("image_processor")
+
+
+# Of the three channels, from preprocessing settings: (mean, standard deviation)
+def channel_statistics(settings: dict, where: Path) -> tuple[np.ndarray, np.ndarray]:
+    statistics = []
+    for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        values = settings.get(key, default)
+        numbers = isinstance(values, list | tuple) and {*map(type, values)} <= {int, float}
+        if not numbers or len(values) != 3 or not 0 <= min(values) <= max(values) <= 1:
+            raise ValueError(f"{where}: {key} is {values!r:.99}, wanted 3 numbers from 0 to 1")
+        statistics.append(np.array(values))
+    return statistics[0], statistics[1].clip(min=1e-6)
 
 
 class ImageProcessor:
@@ -298,8 +304,7 @@ class ImageProcessor:
             raise ValueError(f"LLaVA-1.5 takes images of {side} x {side}: no pixel budget to set")
         self.mode = vladva_config.image_mode
         self.side = side
-        self.mean = np.array(settings.get("image_mean", CLIP_MEAN))
-        self.std = np.array(settings.get("image_std", CLIP_STD))
+        self.mean, self.std = channel_statistics(settings, path)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image -> the (side, side) image that the vision tower sees."""
@@ -310,10 +315,10 @@ class ImageProcessor:
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
         # resize, keeping the shape, and cut out the centre
-        shortest = min(image.size)
-        width, height = (self.side * edge // shortest for edge in image.size)
+        width, height = (self.side * edge // min(image.size) for edge in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - self.side) // 2, (height - self.side) // 2
+        left = (width - self.side) // 2
+        top = (height - self.side) // 2
         return image.crop((left, top, left + self.side, top + self.side))
 
     def __call__(self, image: Image.Image) -> Tensor:  # (3, side, side)
@@ -441,26 +446,6 @@ class Pairs:
         short = rng.choice(row["short"]) if row["short"] else None
         return row | {"image": image, "short": short}
 
-    def hold_out(self, count: int, bad_rows: "BadRows") -> list[dict]:
-        """Take up to `count` random rows with short captions out of the file's; images as paths."""
-        rows = {}
-        # a file may have 8 million rows and no short caption: not all of them are tried
-        order = np.random.default_rng(list(b"holdout")).permutation(len(self))[: 20 * count]
-        for index in order.tolist():
-            if len(rows) == count:
-                break
-            bad_rows.rows_tried += 1
-            # the image is opened too: what cannot be decoded cannot be measured
-            try:
-                if self.row(index, random.Random(0))["short"]:
-                    rows[index] = self.parse(index)
-            except BadRow as error:
-                bad_rows.add([str(error)])
-                bad_rows.check(len(bad_rows.messages), 0)
-        # training does not see them
-        self.numbers = np.delete(self.numbers, list(rows))
-        return list(rows.values())
-
 
 class BadRows:
     """Rows that cannot be used, named once; all processes hold the list, the first one prints."""
@@ -474,11 +459,10 @@ class BadRows:
     def write_to(self, path: Path) -> None:
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.messages = list(dict.fromkeys(before + self.messages))
-        if rank_and_world_size()[0] == 0:
-            self.path = path
-        if self.messages and self.path == path:
+        if self.messages and rank_and_world_size()[0] == 0:
             text = "\n".join([*self.messages, ""])
             write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        self.path = path if rank_and_world_size()[0] == 0 else os.devnull
 
     def add(self, messages: list[str]) -> None:
         """Name and list those that are new."""
@@ -491,30 +475,41 @@ class BadRows:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
 
-    def too_many(self, num_bad: int, rows_seen: int) -> bool:
-        return num_bad > max(3, (self.rows_tried + rows_seen) / 100)
-
-    def check(self, num_bad: int, rows_seen: int) -> None:
-        if self.too_many(num_bad, rows_seen):
-            problem = f"{num_bad} of {self.rows_tried + rows_seen} rows cannot be used"
-            raise ValueError(f"{problem}; the last: {self.messages[-1]}")
+    # What ends a run, or None; rows_seen: beside those that hold_out tried.
+    def problem(self, rows_seen: int) -> str | None:
+        count = len(self.messages)
+        rows_seen += self.rows_tried
+        if count <= max(3, rows_seen / 100):
+            return None
+        return f"{count} of {rows_seen} rows cannot be used; the last: {self.messages[-1]}"
 
 
 # -------------------------------------------------------------- files, processes, command line
 
 
+def write_whole(path: str | Path, write: typing.Callable[[Path], typing.Any]) -> None:
+    """A file written aside and renamed: a kill or a full disk leaves the old one as it was."""
+    partial = Path(f"{path}.partial")
+    partial.unlink(missing_ok=True)  # never through a link that somebody put there
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
+# Indented, so that people can read what a run or an export wrote.
+def write_json(path: str | Path, value: typing.Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
     write_whole(path, functools.partial(save_file, tensors, metadata=metadata))
-
-
-# The device that was asked for, or the first CUDA device, or the CPU
-def pick_device(name: str | None) -> str:
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {error!s:.200}") from None
-    return device
+    path.chmod(0o644)  # safetensors 0.8 lets nobody else read what it writes
 
 
 # (number of this process, how many) among those that torchrun started; (0, 1) without it
@@ -522,16 +517,22 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def init_distributed(device: str) -> str:
-    """Join the processes that torchrun started; returns this one's device, cuda:<local rank>."""
+def init_distributed(name: str | None) -> str:
+    """The device of that name (None: CUDA, or else the CPU), after joining torchrun's processes."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if "LOCAL_RANK" in os.environ and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(1, device=device).item()  # refuses "meta" too
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {error!s:.200}") from None
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if torch.device(device).type == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=torch.device(device))
+            dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    return device
+    return str(device)
 
 
 def barrier() -> None:
@@ -614,17 +615,24 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line; the usage is what --help is for."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def add_model_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="tiny", help=f"{', '.join(MODELS)}, a folder, a hub id (default: tiny)")
-    add("--adapter", help="folder of a training run (default: the untouched model)")
+    add("--adapter", help="a training run's folder, or peft's (default: the untouched model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=sorted(DTYPES), help="of weights (default: bfloat16; float32 on a cpu)")
 
 
 def flag(default: typing.Any, help: str, **limits: typing.Any) -> typing.Any:
     """A dataclass field that is also a command-line flag; limits: low, high, or choices."""
-    return field(default=default, metadata={"help": help, "high": float("inf"), **limits})
+    return field(default=default, metadata={"help": help, "high": 1e9, **limits})
 
 
 # when a config is made, not when flags are parsed: Python callers make configs too
@@ -640,7 +648,7 @@ def check_bounds(config: typing.Any) -> None:
 
 
 # defaults live in the dataclass alone; fields without help are for Python callers
-def add_config_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_config_flags(parser: Parser, cls: type) -> None:
     for f in filter(lambda f: "help" in f.metadata, fields(cls)):
         default = "" if f.default is None else f" (default: {f.default})"
         options = {"default": argparse.SUPPRESS, "help": f.metadata["help"] + default}

@@ -13,17 +13,14 @@ Not here: the benchmark of rendered scenes (extras/scenes.py), figures (extras/s
 
 import argparse
 import functools
-import io
 import itertools
 import json
 import os
-import tokenize
 import typing
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -32,8 +29,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 import data
-from data import all_gather_rows, all_reduce_sum, format_table, rank_and_world_size, say
-from model import read_json, write_json, write_whole
+from data import format_table, rank_and_world_size, say
+from model import read_json
 from vladva import VladVA, load_model, next_token_loss, similarity
 
 # ------------------------------------------------------------------------- metrics, in percent
@@ -120,19 +117,6 @@ class Benchmark:
     score: Callable  # (image_emb, text_emb) -> {name as in the paper's tables: percent}
     counts: dict[str, int]  # what there is of what, for the reader
     ties: str = "a tie is a miss"
-
-
-# An item that is added again keeps its index, so that it is encoded once.
-class IndexedList(list):
-    def __init__(self):
-        super().__init__()
-        self.indices = {}
-
-    def add(self, item: typing.Any) -> int:
-        index = self.indices.setdefault(item, len(self))
-        if index == len(self):
-            self.append(item)
-        return index
 
 
 def retrieval(images: Sequence, captions: list[list[str]]) -> Benchmark:
@@ -246,10 +230,10 @@ def read_nocaps(folder: Folder, args: argparse.Namespace) -> Benchmark:
         texts = text_emb.split(list(map(len, captions)))  # by image
         scores = {}
         for domain in domains:
-            indices = [index for index, name in enumerate(domain_of) if name == domain]
-            part = retrieval(indices, [captions[i] for i in indices])
-            part = part.score(image_emb[indices], torch.cat([texts[i] for i in indices]))
-            scores |= {f"{domain}-domain {name}": value for name, value in part.items()}
+            part = [index for index, name in enumerate(domain_of) if name == domain]
+            domain_emb = image_emb[part], torch.cat([texts[i] for i in part])
+            domain_scores = retrieval(part, [captions[i] for i in part]).score(*domain_emb)
+            scores |= {f"{domain}-domain {name}": score for name, score in domain_scores.items()}
         for name, value in whole.score(image_emb, text_emb).items():
             scores[name] = sum(scores[f"{domain}-domain {name}"] for domain in domains) / 3
             scores[f"whole gallery {name}"] = value
@@ -266,17 +250,20 @@ def read_hard_negatives(folder: Folder, args: argparse.Namespace) -> Benchmark:
     if args.task == "sugarcrepe_pp":
         fields = ("caption", "caption2", "negative_caption")
         groups = {group: GROUPS[group] for group in ("Replace", "Swap")}
-    images = IndexedList()
-    texts = IndexedList()
+    images = {}  # {path: index}: what stands in several items is encoded once
+    texts = {}
     items = {}
     for category in itertools.chain(*groups.values()):
         rows = folder.json(f"{category}.json")
         items[category] = []
         for row in rows.values() if isinstance(rows, dict) else rows:  # SugarCrepe's keys have gaps
-            captions = [texts.add(clean_text(row[field], args)) for field in fields]
-            items[category].append((images.add(folder.image(row["filename"])), *captions))
+            captions = [clean_text(row[field], args) for field in fields]
+            item = [images.setdefault(folder.image(row["filename"]), len(images))]
+            item += [texts.setdefault(text, len(texts)) for text in captions]
+            items[category].append(item)
     counts = {category: len(rows) for category, rows in items.items()}
-    return Benchmark(images, texts, functools.partial(category_scores, items, groups), counts)
+    score = functools.partial(category_scores, items, groups)
+    return Benchmark(list(images), list(texts), score, counts)
 
 
 # Two images and two captions of the same words an item.
@@ -353,7 +340,7 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
 def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
     rank, world_size = rank_and_world_size()
     share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
-    rows, _ = all_gather_rows(encode(Subset(items, share)))
+    rows, _ = data.all_gather_rows(encode(Subset(items, share)))
     return rows.cpu()
 
 
@@ -361,59 +348,6 @@ def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor
     """(image_emb, text_emb) of a benchmark by a model, in all processes."""
     image_emb = encode_over_ranks(model.encode_image, benchmark.images)
     return image_emb, encode_over_ranks(model.encode_text, benchmark.texts)
-
-
-# what numpy and zipfile raise on files that are broken, or none of theirs
-NPZ_ERRORS = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, MemoryError)
-NPZ_ERRORS += (SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-
-
-def load_embeddings(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
-    """(image_emb, text_emb) from an .npz file of any system, in the benchmark's order; normalised.
-
-    Where the file holds "images" (file names) or "texts" too, they must be the benchmark's.
-    """
-    image_emb = load_rows(path, "image", [Path(image).name for image in benchmark.images])
-    text_emb = load_rows(path, "text", benchmark.texts)
-    if image_emb.shape[1] != text_emb.shape[1]:
-        shapes = f"image_emb is {tuple(image_emb.shape)}, text_emb {tuple(text_emb.shape)}"
-        raise ValueError(f"{path}: {shapes}, wanted one width")
-    return image_emb, text_emb
-
-
-# (B, D) of kind "image" or "text", one row for each of the names.
-def load_rows(path: str, kind: str, names: list[str]) -> Tensor:
-    limit = 1024 + len(names) * 2**17  # bytes: a row of 16,384 numbers in float64
-    try:
-        with np.load(path) as file:
-            members = [f"{kind}_emb", *({f"{kind}s"} & set(file.files))]
-            # before anything is unpacked
-            for name in members:
-                if file.zip.getinfo(f"{name}.npy").file_size > limit:
-                    raise ValueError(f"{name} has over {limit:,} bytes for {len(names)} rows")
-            emb, *stored_names = [np.asarray(file[name]) for name in members]
-    except NPZ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as .npz ({error})") from None
-    fits = emb.ndim == 2 and len(emb) == len(names) and emb.size and emb.dtype.kind in "fiu"
-    # in float64, and first scaled to a largest value of 1: squares of large numbers overflow
-    if fits:
-        emb = emb.astype(np.float64)
-        largest = np.abs(emb).max(axis=1, keepdims=True)
-        fits = ((largest > 0) & (largest < np.inf)).all()
-    if not fits:
-        wanted = f"({len(names)}, D) finite numbers, not all 0, a row for each {kind}"
-        raise ValueError(f"{path}: {kind}_emb is {emb.dtype} {emb.shape}, wanted {wanted}")
-    if stored_names and stored_names[0].tolist() != names:
-        raise ValueError(f"{path}: its {kind}s are not the benchmark's, or in another order")
-    return F.normalize(torch.from_numpy(emb / largest), dim=-1).float()
-
-
-# What load_embeddings reads.
-def save_embeddings(path: str, benchmark: Benchmark, image_emb: Tensor, text_emb: Tensor) -> None:
-    names = {"images": [Path(image).name for image in benchmark.images], "texts": benchmark.texts}
-    content = io.BytesIO()
-    np.savez(content, image_emb=image_emb.numpy(), text_emb=text_emb.numpy(), **names)
-    write_whole(path, lambda partial: partial.write_bytes(content.getbuffer()))
 
 
 # --------------------------------------------------------------- rows kept out of training
@@ -443,8 +377,30 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
         head_weight = model.lvlm.lm_head.weight
         loss = next_token_loss(caption_states, batch.caption_targets, head_weight, total=1)
         total += torch.tensor([loss.item(), len(batch.caption_targets)])
-    loss, tokens = all_reduce_sum(total.to(device)).tolist()
+    loss, tokens = data.all_reduce_sum(total.to(device)).tolist()
     return loss / tokens
+
+
+def hold_out(pairs: data.Pairs, count: int, bad_rows: data.BadRows) -> list[dict]:
+    """Take up to `count` random rows with short captions out of the file's; images as paths."""
+    rows = {}
+    # a file may have 8 million rows and no short caption: not all of them are tried
+    order = np.random.default_rng(list(b"holdout")).permutation(len(pairs))[: 20 * count]
+    for index in order.tolist():
+        if len(rows) == count:
+            break
+        bad_rows.rows_tried += 1
+        # the image is opened too: what cannot be decoded cannot be measured
+        try:
+            if pairs.row(index, Random(0))["short"]:
+                rows[index] = pairs.parse(index)
+        except data.BadRow as error:
+            bad_rows.add([str(error)])
+            if problem := bad_rows.problem(0):
+                raise ValueError(problem) from None
+    # training does not see them
+    pairs.numbers = np.delete(pairs.numbers, list(rows))
+    return list(rows.values())
 
 
 class HeldOutPairs:
@@ -489,6 +445,22 @@ def score_table(columns: dict[str, Measured], chance: dict[str, float]) -> str:
     if None not in losses:
         rows.append(["long captions, nats a token", "", *map("{:.3f}".format, losses)])
     return format_table(["percent", "chance", *columns], rows)
+
+
+def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured) -> dict:
+    """Print the table before / after; write OUT/scores.json, which is returned, and report.png."""
+    columns = {"before": before, "after": after}
+    say(score_table(columns, held_out.chance))
+    scores = {}
+    for name, measured in columns.items():
+        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
+    if rank_and_world_size()[0] == 0:
+        from extras.plots import draw_report
+
+        data.write_json(out / "scores.json", scores)
+        draw_report(out, held_out, before, after)
+    say(f"written: {out}/scores.json, report.png")
+    return scores
 
 
 # --------------------------------------------------------------------------- the paper's tables
@@ -547,7 +519,7 @@ def print_paper(files: list[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("eval.py", description="Benchmarks of a model or embeddings.")
+    parser = data.Parser("eval.py", description="Benchmarks of a model or embeddings.")
     add = parser.add_argument
     add("files", nargs="*", metavar="RESULT.json", help="results of earlier runs, for --task paper")
     add("--task", required=True, choices=[*BENCHMARKS, "paper"], help="which benchmark")
@@ -568,6 +540,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 @data.command
 def main(argv: list[str] | None = None) -> dict | None:
+    from extras import embeddings
+
     args = build_parser().parse_args(argv)
     if args.task == "paper":
         return print_paper(args.files)
@@ -579,7 +553,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     # images and texts, their embeddings, the scores
     benchmark = read_benchmark(args)
     if args.embeddings:
-        image_emb, text_emb = load_embeddings(args.embeddings, benchmark)
+        image_emb, text_emb = embeddings.load(args.embeddings, benchmark)
     else:
         model = load_model(args)
         # what cannot be written is refused before the work, not after it
@@ -595,9 +569,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     results |= {"scores": scores, "counts": benchmark.counts}
     if rank_and_world_size()[0] == 0:
         if args.save_embeddings:
-            save_embeddings(args.save_embeddings, benchmark, image_emb, text_emb)
+            embeddings.save(args.save_embeddings, benchmark, image_emb, text_emb)
         if args.json:
-            write_json(args.json, results)
+            data.write_json(args.json, results)
     return results
 
 

@@ -2,7 +2,8 @@
 
     from model import load_lvlm
     lvlm = load_lvlm("assets/tiny")  # a folder in the layout of llava-hf/llava-1.5-7b-hf
-    hidden_states = lvlm.decoder(lvlm.embed(input_ids))  # (B, T, D), after the final norm
+    inputs_embeds = lvlm.decoder.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
+    hidden_states = lvlm.decoder(inputs_embeds)  # (B, T, D), after the final norm
 
 Not here: prompts, embeddings and losses (vladva.py); tokenizer and images (data.py); adapters
 (lora.py); other architectures (extras/qwen2_vl.py); dropout, which LLaVA-1.5 does not have.
@@ -14,10 +15,10 @@ R LoRA rank, H heads, G key-value heads, K head width, S cache length, C vision 
 import dataclasses
 import importlib
 import json
-import os
+import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -33,35 +34,15 @@ from tqdm import tqdm
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
     """The JSON object (or the other kind) in a file; ValueError when it is missing or broken."""
+    if not Path(path).is_file():  # nor is a pipe, on which reading would wait
+        raise ValueError(f"{path} is missing")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted {kind}")
     return value
-
-
-def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """A file written aside and renamed: a kill or a full disk leaves the old one as it was."""
-    partial = Path(f"{path}.partial")
-    partial.unlink(missing_ok=True)  # never through a link that somebody put there
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error})") from None
-
-
-# Indented, so that people can read what a run or an export wrote.
-def write_json(path: str | Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def from_json(
@@ -80,8 +61,12 @@ def from_json(
         kinds = (*allowed, int) if float in allowed else allowed  # JSON writes 1.0 as 1 at times
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
             raise ValueError(f"{where}: {name} is {value!r}, wanted {types[name]}")
-        if lowest is not None and type(value) is int and value < lowest:
-            raise ValueError(f"{where}: {name} is {value}, wanted {lowest} or more")
+        # NaN is neither; a million layers would take hours to be refused by the weights
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {name} is {value}, wanted a number from 0 on")
+        highest = 1000 if name in ("num_hidden_layers", "depth") else 10**7
+        if lowest is not None and type(value) is int and not lowest <= value <= highest:
+            raise ValueError(f"{where}: {name} is {value}, wanted {lowest} to {highest}")
     return cls(**values)
 
 
@@ -126,16 +111,12 @@ class DecoderConfig:
     qkv_bias: bool = False  # Qwen2 has one on q, k and v
 
     def __post_init__(self):
-        if self.num_attention_heads % self.kv_heads or self.head_width % 2:
+        heads = self.num_attention_heads
+        # how a frozen dataclass fills in its fields
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
+        if heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(f"config.json: the head counts and widths do not divide in {self}")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 # What this code computes, by field; another value would silently give another model.
@@ -158,7 +139,7 @@ class LVLMConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     image_token_id: int
-    eos_token_id: int = 2
+    eos_token_id: int | list = 2  # any of a list ends an answer; the first ends long captions
     bos_token_id: int | None = 1  # None: sequences begin with no special token
     vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, ...]
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as read
@@ -196,9 +177,9 @@ class LVLMConfig:
         }
         return from_json(cls, fields, "config.json")
 
-    def __post_init__(self):
-        if not 0 <= self.image_token_id < self.decoder.vocab_size:
-            raise ValueError(f"config.json: no embedding of <image>, token {self.image_token_id}")
+    @property
+    def end_tokens(self) -> list[int]:
+        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     # Phi_v from what stack_images returns to features, g, and Phi_l
 
@@ -241,7 +222,11 @@ def parse_config(raw: dict) -> LVLMConfig:
     if isinstance(architecture, str):
         module, name = architecture.rsplit(".", 1)
         architecture = getattr(importlib.import_module(module), name)
-    return architecture.from_json(raw)
+    config = architecture.from_json(raw)
+    for token in (config.image_token_id, *(config.end_tokens or [None])):
+        if type(token) is not int or not 0 <= token < config.decoder.vocab_size:
+            raise ValueError(f"config.json: no embedding of <image> or end token {token!r}")
+    return config
 
 
 # -------------------------------------------------------------------------------- vision tower
@@ -354,8 +339,8 @@ class KVCache:
     # token has seen, because a query sees only positions up to its own.
     def __init__(self, config: DecoderConfig, inputs_embeds: Tensor, prefix=None, more: int = 0):
         batch_size, width = inputs_embeds.shape[:2]
-        shape = (config.num_hidden_layers, batch_size, config.kv_heads, width + more)
-        self.keys = inputs_embeds.new_zeros(*shape, config.head_width)  # (layers, B, G, S, K)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, width + more)
+        self.keys = inputs_embeds.new_zeros(*shape, config.head_dim)  # (layers, B, G, S, K)
         self.values = torch.zeros_like(self.keys)
         first = 0 if prefix is None else prefix.keys.shape[3]
         if prefix is not None:
@@ -382,10 +367,10 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         bias = config.qkv_bias
-        query_width = config.num_attention_heads * config.head_width
-        key_width = config.kv_heads * config.head_width
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
         self.layer = layer
-        self.head_width = config.head_width
+        self.head_dim = config.head_dim
         self.grouped = query_width != key_width
         self.q_proj = nn.Linear(width, query_width, bias)
         self.k_proj = nn.Linear(width, key_width, bias)
@@ -396,7 +381,7 @@ class Attention(nn.Module):
         """Rotated queries (B, H, T, K) and keys (B, G, T, K), and values (B, G, T, K)."""
         heads = []
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            heads.append(projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2))
+            heads.append(projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         q, k, v = heads
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
@@ -461,7 +446,7 @@ class Decoder(nn.Module):
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
         """cos and sin, each (B or 1, 1, T, K), of the tokens at position_ids (B or 1, T)."""
         config = self.config
-        frequencies = rotary_frequencies(config.head_width, config.rope_theta, position_ids.device)
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)
         return rotary_tables(position_ids[:, None, :, None].float() * frequencies, dtype)
 
     def forward(
@@ -510,10 +495,6 @@ class LVLM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.weight.dtype
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> decoder inputs (B, T, D)."""
-        return self.decoder.embed_tokens(input_ids)
-
     def image_features(self, pixels: Any) -> Tensor:
         """Stacked images -> image tokens g(Phi_v(x_v)), (B, N, D), or (n, D) of any sizes."""
         return self.projector(self.vision(pixels))
@@ -552,19 +533,19 @@ def generate(
 
     # then one token at a time
     tokens = []
-    eos = lvlm.config.eos_token_id
+    ends = lvlm.config.end_tokens
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         token = lvlm.lm_head(last).argmax(-1)  # (B,)
         tokens.append(token)
-        finished |= token == eos
+        finished |= torch.isin(token, torch.tensor(ends, device=device))
         if step % 8 == 7 and finished.all():  # each question makes the host wait for the device
             break
         cache.position = (lengths + step)[:, None]
         position = (next_position + step)[:, None]
-        last = lvlm.decoder(lvlm.embed(token[:, None]), position, cache)[:, 0]
+        last = lvlm.decoder(lvlm.decoder.embed_tokens(token[:, None]), position, cache)[:, 0]
     answers = torch.stack(tokens, dim=1).tolist()
-    return [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
+    return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
 
 
 # ----------------------------------------------------------------------------- loading weights
@@ -582,6 +563,8 @@ def rename_key(key: str, key_patterns: tuple) -> str:
 
 # Memory-mapped: nothing is read before a tensor is asked for.
 def open_safetensors(path: Path) -> safe_open:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} not found")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -589,25 +572,29 @@ def open_safetensors(path: Path) -> safe_open:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a small safetensors file, and its metadata; ValueError: NaN or infinite."""
+    """All tensors of a small safetensors file, finite floats, and its metadata."""
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata() or {}
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds values that are not finite")
+        check_finite(tensor, f"{path}: {name}")
     return tensors, metadata
 
 
-# Those that the index names, or the single file of a small model.
+def check_finite(tensor: Tensor, where: str) -> None:
+    """ValueError for what would give no embedding: integers, packed numbers, NaN, infinity."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{where} is {tensor.dtype} or not finite, wanted finite floats")
+
+
+# Those that the index names, or the single file of a small model; nothing outside the folder.
 def shard_files(folder: Path) -> list[Path]:
     index = Path(folder) / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else ()
-    paths = [Path(folder) / name for name in sorted(names or {"model.safetensors"})]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path} not found")
-    return paths
+    raw = read_json(index) if index.exists() else {"weight_map": {"all": "model.safetensors"}}
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is {weight_map!r:.99}, wanted a JSON object")
+    return [Path(folder) / Path(name).name for name in sorted({*map(str, weight_map.values())})]
 
 
 def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem: str) -> None:
@@ -650,8 +637,7 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
         # opened anew for each tensor: pages of an open file would count as memory of this process
         with open_safetensors(path) as shard:
             tensor = shard.get_tensor(key)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {key} is {tensor.dtype}, wanted plain floats")
+            check_finite(tensor, f"{path}: {key}")
             state[name] = tensor.to(device=device, dtype=dtype, copy=True)
     # some tied checkpoints store the shared weight twice
     if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:

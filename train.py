@@ -23,7 +23,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import flag, rank_and_world_size, say
-from eval import HeldOutPairs, Measured, score_table
-from model import DTYPES, check_shapes, from_json, read_json, read_tensors, write_json
+from data import flag, rank_and_world_size, say, write_json
+from eval import HeldOutPairs, hold_out, report
+from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
 TRAIN_DTYPES = ("float32", "bfloat16")  # small gradients would be 0 in float16
@@ -65,7 +65,7 @@ class TrainConfig:
     soft_prompt_lr: float | None = flag(None, "soft prompts' peak rate (default: 4 x lr)", low=0)
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
-    seed: int = flag(0, "of adapter weights, data order and training scenes", low=0)
+    seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of frozen weights (default: bfloat16 on cuda)", choices=DTYPES)
     num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
@@ -85,7 +85,7 @@ def train(
     config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows: Callable = None
 ) -> dict:
     """Measure, adapt, measure again; returns what scores.json holds. open_rows: as open_data."""
-    device = data.init_distributed(data.pick_device(config.device))
+    device = data.init_distributed(config.device)
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
     model.attach(config.seed)
     if method.loss not in LOSSES:
@@ -105,8 +105,8 @@ def train(
         with model.adapter_disabled():
             before = held_out.measure(model) if len(held_out) > 1 else None
         adapt(model, rows, held_out, bad_rows, config)
-        after = held_out.measure(model) if len(held_out) > 1 else None
-        return report(out, held_out, before, after)
+        say(f"written: {out}/adapter.safetensors")
+        return report(out, held_out, before, held_out.measure(model)) if before else {}
 
 
 def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
@@ -140,14 +140,15 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
             bad_rows.add(data.all_gather_strings(batch.bad))
             num_signals = torch.tensor(len(received), device=model.lvlm.device)
             stopped = data.all_reduce_sum(num_signals).item()
-            too_many = bad_rows.too_many(len(bad_rows.messages), step * config.batch_size)
+            problem = bad_rows.problem(step * config.batch_size)
             # a checkpoint comes before anything that may end the run
-            due = stopped or too_many or time.monotonic() - saved > 60 * config.save_minutes
+            due = stopped or problem or time.monotonic() - saved > 60 * config.save_minutes
             due = due or step % config.save_every == 0 or step == config.steps
             if due and rank == 0:
                 save_checkpoint(out, step, model, optimizer, config.keep_checkpoints)
                 saved = time.monotonic()
-            bad_rows.check(len(bad_rows.messages), step * config.batch_size)
+            if problem:
+                raise ValueError(problem)
             if stopped and step < config.steps:
                 say(f"stopped after step {step}; go on with: python train.py --out {out} --resume")
                 raise SystemExit(130)
@@ -375,7 +376,7 @@ def open_data(config: TrainConfig, model: VladVA, bad_rows: data.BadRows) -> tup
     count = min(1000, len(pairs) // 10) if config.holdout is None else config.holdout
     if count > len(pairs) - 2:
         raise ValueError(f"--holdout {count} leaves fewer than 2 of {len(pairs)} rows to train on")
-    return pairs, HeldOutPairs(pairs.hold_out(count, bad_rows))
+    return pairs, HeldOutPairs(hold_out(pairs, count, bad_rows))
 
 
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
@@ -479,16 +480,16 @@ def run_folder(config: TrainConfig, method: VladVAConfig, resume: bool) -> Itera
     run = vars(config) | vars(method)
     with contextlib.ExitStack() as stack:
         if rank_and_world_size()[0] == 0:
-            if not resume and any((out / name).exists() for name in RUN_FILES):
-                raise ValueError(f"{out} holds another run: --resume it, or choose another --out")
             out.mkdir(parents=True, exist_ok=True)
-            # a lock of the system: a kill frees it too
-            lock = stack.enter_context(open(out / ".lock", "a"))
+            # a lock of the system on the folder itself: a kill frees it too
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{out} is in use by another run: choose another --out") from None
-            stack.callback(os.unlink, lock.name)
+            if not resume and any((out / name).exists() for name in RUN_FILES):
+                raise ValueError(f"{out} holds another run: --resume it, or choose another --out")
             if not resume:
                 write_json(out / "config.json", run | {"torch": torch.__version__})
         data.barrier()
@@ -506,32 +507,19 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     """The configs of the run in OUT that goes on; a flag that says otherwise is refused."""
     out = flags.get("out") or f"runs/{Path(flags.get('model', TrainConfig.model)).name}"
     run = read_json(Path(out) / "config.json")
+    missing = {f.name for f in (*fields(TrainConfig), *fields(VladVAConfig))} - run.keys()
+    if missing:
+        raise ValueError(
+            f"{out}/config.json lacks {', '.join(sorted(missing))}: no run of train.py"
+        )
     for name, value in flags.items():
         if name not in MAY_CHANGE and run.get(name) != value:
             raise ValueError(f"{out} cannot go on: {name} was {run.get(name)!r}, not {value!r}")
     return configs_from_flags(run | {"device": None} | flags | {"out": out})
 
 
-def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured) -> dict:
-    """Print the table before / after; write scores.json and report.png."""
-    if after is None:
-        say(f"written: {out}/adapter.safetensors")
-        return {}
-    say(score_table({"before": before, "after": after}, held_out.chance))
-    scores = {}
-    for name, measured in (("before", before), ("after", after)):
-        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
-    if rank_and_world_size()[0] == 0:
-        from extras.plots import draw_report
-
-        write_json(out / "scores.json", scores)
-        draw_report(out, held_out, before, after)
-    say(f"written: {out}/adapter.safetensors, scores.json, report.png")
-    return scores
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("train.py", description="Adapt an LVLM to embed (VladVA).")
+    parser = data.Parser("train.py", description="Adapt an LVLM to embed (VladVA).")
     data.add_config_flags(parser, TrainConfig)
     data.add_config_flags(parser, VladVAConfig)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")

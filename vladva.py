@@ -144,7 +144,7 @@ class VladVAConfig:
     detail_prompt: str = "Describe the image in detail."  # paper Sec. 3.2.3
     soft_prompts: bool = flag(True, "train soft prompts for the hand prompts")  # paper Sec. 3.3
     lora: bool = flag(True, "train LoRA on the decoder's linear layers")  # paper Sec. 3.3
-    lora_rank: int = flag(16, "rank of LoRA", low=1)  # second-hand notes on the paper
+    lora_rank: int = flag(16, "rank of LoRA", low=1, high=1024)  # second-hand notes on the paper
     lora_alpha: float = 16.0  # second-hand notes on the paper
     # ours: Eq. 1 prints no temperature; E5-V uses 0.05. A learned one is clamped to 0.01 .. 1
     temperature: float = flag(0.05, "tau of Eq. 1, 0.01 to 1", low=0.01, high=1.0)
@@ -214,7 +214,8 @@ class VladVA(nn.Module):
         if self.config.soft_prompts:
             for modality in ("image", "text"):
                 ids = torch.tensor(self.hand_prompt_ids(modality), device=device)
-                self.soft_prompts[modality] = nn.Parameter(self.lvlm.embed(ids).float())  # (P, D)
+                start = self.lvlm.decoder.embed_tokens(ids).float()  # (P, D)
+                self.soft_prompts[modality] = nn.Parameter(start)
         if self.config.loss in LOSSES:
             for name, value in self.loss.parameters(self.config).items():
                 self.loss_parameters[name] = nn.Parameter(torch.tensor(float(value), device=device))
@@ -292,7 +293,7 @@ class VladVA(nn.Module):
             # the space before the caption belongs to its first token
             question = text[: -len(long_caption)].rstrip(" ")
             caption_start = sum(end <= len(question) for _, end in encoding.offsets)
-            input_ids.append(lvlm_config.eos_token_id)
+            input_ids.append(lvlm_config.end_tokens[0])
         limit = lvlm_config.decoder.max_position_embeddings
         if len(input_ids) > limit:
             raise ValueError(f"{len(input_ids)} tokens exceed {limit}: {(caption or text)[:60]!r}")
@@ -313,15 +314,14 @@ class VladVA(nn.Module):
     ) -> tuple[Any, data.Batch]:
         """RGB images, each with its long caption or None -> (stacked images, Batch)."""
         pixels = [self.image_processor(image) for image in images]
-        grids = map(self.lvlm.config.image_grid, pixels)
-        sequences = map(self.image_sequence, long_captions or [None] * len(images), grids)
-        return self.lvlm.config.stack_images(pixels), self.collate(list(sequences))
+        sequences = []
+        for image, long_caption in zip(pixels, long_captions or [None] * len(images)):
+            grid = self.lvlm.config.image_grid(image)
+            sequences.append(self.image_sequence(long_caption, grid))
+        return self.lvlm.config.stack_images(pixels), data.collate(sequences, self.tokenizer)
 
     def text_batch(self, texts: list[str]) -> data.Batch:
-        return self.collate([self.text_sequence(text) for text in texts])
-
-    def collate(self, sequences: list[data.TokenSequence]) -> data.Batch:
-        return data.collate(sequences, self.tokenizer.pad_token_id, self.lvlm.config.image_token_id)
+        return data.collate([self.text_sequence(text) for text in texts], self.tokenizer)
 
     def training_batch(self, rows: list[dict]) -> data.TrainingBatch:
         """Rows of image, short, long (or None) and texts -> what the losses take, on the host."""
@@ -348,14 +348,13 @@ class VladVA(nn.Module):
 
     def inputs_embeds(self, batch: data.Batch, modality: str | None, pixels: Any = None) -> Tensor:
         """Decoder inputs (B, T, D): tokens, with soft prompts and image tokens in their places."""
-        embeds = self.lvlm.embed(batch.input_ids)
-        device = embeds.device
+        embeds = self.lvlm.decoder.embed_tokens(batch.input_ids)
         # Sec. 3.3: v^m instead of the hand prompt's tokens; there is none where modality is None
         if self.adapted and modality in self.soft_prompts:
             soft_prompt = self.soft_prompts[modality].to(embeds.dtype)  # (P, D)
-            rows = torch.arange(len(embeds), device=device)[:, None]
-            columns = batch.prompt_start[:, None] + torch.arange(len(soft_prompt), device=device)
-            embeds = embeds.index_put((rows, columns), soft_prompt)
+            rows = torch.arange(len(embeds), device=embeds.device)[:, None]
+            offsets = torch.arange(len(soft_prompt), device=embeds.device)
+            embeds = embeds.index_put((rows, batch.prompt_start[:, None] + offsets), soft_prompt)
         # g(Phi_v(image)) at the image tokens; vision tower and projector are frozen
         if pixels is not None:
             with torch.no_grad():
@@ -423,7 +422,8 @@ class VladVA(nn.Module):
         # texts of similar length share a batch: little padding
         by_length = sorted(range(len(texts)), key=lambda i: len(sequences[i].input_ids))
         for part in data.batches(by_length, batch_size, "encoding texts"):
-            batch = self.collate([sequences[i] for i in part]).to(device)
+            batch = data.collate([sequences[i] for i in part], self.tokenizer)
+            batch = batch.to(device)
             embeds = self.inputs_embeds(batch, "text")  # (B, T, D)
             if prefix is None:
                 prefix = KVCache(decoder.config, embeds[:1, :shared])
@@ -447,7 +447,7 @@ class VladVA(nn.Module):
             grid = self.lvlm.config.image_grid(pixels[-1])
             prompt = self.tokenizer.validate_text(prompt)
             sequences.append(self.sequence(GENERATE_TEMPLATE, prompt, grid=grid))
-        batch = self.collate(sequences).to(self.lvlm.device)
+        batch = data.collate(sequences, self.tokenizer).to(self.lvlm.device)
         pixels = self.lvlm.config.stack_images(pixels).to(self.lvlm.device)
         embeds = self.inputs_embeds(batch, None, pixels)
         lengths = batch.summary_index + 1
@@ -481,10 +481,14 @@ class VladVA(nn.Module):
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """Tensors and config of folder/adapter.safetensors; ValueError when there is no such thing."""
+    """Tensors and config of a run's adapter.safetensors, or of a folder in peft's format."""
     path = Path(folder) / "adapter.safetensors"
+    if not path.exists() and (path.parent / "adapter_config.json").exists():
+        from extras.export import read_peft_adapter
+
+        return read_peft_adapter(folder)
     if not path.exists():
-        raise ValueError(f"{path} not found: --adapter wants the folder of a training run")
+        raise ValueError(f"{path} not found: --adapter wants a training run's folder, or peft's")
     tensors, metadata = read_tensors(path)
     if "adapter" not in metadata:
         raise ValueError(f"{path} carries no config: it was not written by this project")
@@ -493,13 +497,13 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
 
 def load_model(args: argparse.Namespace) -> VladVA:
     """The model that the flags of data.add_model_flags name."""
-    device = data.init_distributed(data.pick_device(args.device))
+    device = data.init_distributed(args.device)
     return VladVA.from_pretrained(args.model, args.adapter, device, DTYPES.get(args.dtype))
 
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("vladva.py", description="Similarity of images and texts.")
+    parser = data.Parser("vladva.py", description="Similarity of images and texts.")
     parser.add_argument("inputs", nargs="+", metavar="IMAGE|TEXT", help="image files and texts")
     data.add_model_flags(parser)
     args = parser.parse_args(argv)

@@ -35,9 +35,10 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
+from data import write_json
 from extras import scenes
 from extras.export import save_lvlm
-from model import LVLM, parse_config, write_json
+from model import LVLM, parse_config
 from vladva import next_token_loss
 
 PRETRAIN_SEED = 3000  # its scenes are nobody else's: train.py and eval.py use other seeds
@@ -519,7 +520,7 @@ def place_images(inputs_embeds, vectors, image_start):
 def sequence_loss(lvlm, batch, features):
     """Eq. 2 on a batch of conversations, about images when their features come with it."""
     input_ids, index, targets, image_start = batch
-    embeds = lvlm.embed(input_ids)
+    embeds = lvlm.decoder.embed_tokens(input_ids)
     if features is not None:
         embeds = place_images(embeds, lvlm.projector(features), image_start)
     hidden_states = lvlm.decoder(embeds, state_index=index)  # (M, D)
@@ -547,7 +548,8 @@ def probe(lvlm, encoder, scene_list, features):
                 rows[-1][0].pop()  # the end of sequence: the place comes here
             targets.append(encoder.ids(" " + scenes.POSITIONS[thing.cell])[0])
         input_ids, _, _, image_start = collate(rows, 4)
-        embeds = place_images(lvlm.embed(input_ids), lvlm.projector(features), image_start)
+        embeds = lvlm.decoder.embed_tokens(input_ids)
+        embeds = place_images(embeds, lvlm.projector(features), image_start)
         last = torch.tensor([len(ids) - 1 for ids, _, _ in rows])
         hidden_states = lvlm.decoder(embeds)[torch.arange(len(rows)), last]
         answers = lvlm.lm_head(hidden_states).argmax(-1)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 import data
 import train
+from data import write_json
 from extras.plots import save_figure
-from model import read_json, write_json
+from model import read_json
 from vladva import VladVAConfig
 
 UNTOUCHED = "untouched"

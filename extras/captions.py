@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import data
-from data import MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, BadRow, say
-from model import parse_config, read_json, write_whole
+from data import MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, BadRow, say, write_whole
+from model import parse_config, read_json
 from vladva import VladVA, VladVAConfig, load_model
 
 # what `fill` asks for; the long prompt is the paper's (Sec. 3.2.3), the short one LLaVA's
@@ -261,7 +261,8 @@ def fill(args: argparse.Namespace) -> None:
         bad_rows.add([json.loads(line) for line in lines if line.startswith('"')])
         num_rows += len(lines)
         # before they are written: with the images mended, these rows are tried again
-        bad_rows.check(len(bad_rows.messages), num_rows)
+        if problem := bad_rows.problem(num_rows):
+            raise ValueError(problem)
         if rank == 0:
             with open(part, "a", encoding="utf-8", errors="replace") as file:
                 file.writelines(lines)
@@ -359,7 +360,7 @@ def write_filled(part: Path, out: str) -> None:
 
 @data.command
 def main(argv: list[str] | None = None) -> Counter | None:
-    parser = argparse.ArgumentParser(prog="python -m extras.captions")
+    parser = data.Parser(prog="python -m extras.captions")
     commands = parser.add_subparsers(required=True, metavar="convert|check|fill")
     command = commands.add_parser("convert", help="public caption files -> one pairs file")
     command.set_defaults(run=convert)
@@ -368,7 +369,7 @@ def main(argv: list[str] | None = None) -> Counter | None:
     command.add_argument("--out", required=True, help="the pairs file to write (required)")
     drop_help = "benchmarks' files, whose images are left out (default: none)"
     command.add_argument("--drop", nargs="+", default=[], metavar="FILE", help=drop_help)
-    pairs = argparse.ArgumentParser(add_help=False)
+    pairs = data.Parser(add_help=False)
     pairs.add_argument("pairs", metavar="PAIRS", help="the pairs file to read")
     images_help = "the folder that images may lie in (default: that of PAIRS)"
     pairs.add_argument("--images", metavar="FOLDER", help=images_help)

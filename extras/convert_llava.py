@@ -9,7 +9,6 @@ Pickles (.bin) are read here and nowhere else, without running code from them.
 Not here: LLaVA-1.6; adapters (extras/export.py).
 """
 
-import argparse
 import pickle
 import tempfile
 from pathlib import Path
@@ -113,17 +112,16 @@ def convert(source: Path, out: Path) -> None:
         folder = Path(aside) / "model"
         folder.mkdir()
         data.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors 0.8 makes it the writer's alone
         tokenizer.save(str(folder / "tokenizer.json"))
-        model.write_json(folder / "preprocessor_config.json", settings)
-        model.write_json(folder / "config.json", config.raw)
+        data.write_json(folder / "preprocessor_config.json", settings)
+        data.write_json(folder / "config.json", config.raw)
         folder.rename(out)
 
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
     description = "Convert the original LLaVA-1.5 to the layout of llava-hf, which --model takes."
-    parser = argparse.ArgumentParser("python -m extras.convert_llava", description=description)
+    parser = data.Parser("python -m extras.convert_llava", description=description)
     parser.add_argument("source", type=Path, help="folder of the original, CLIP's folder beside it")
     parser.add_argument("out", type=Path, help="folder to write; it may not exist yet")
     args = parser.parse_args(argv)

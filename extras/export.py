@@ -1,16 +1,15 @@
 """An adapted model for other people's software: one folder, no custom code.
 
     python -m extras.export --model tiny --adapter runs/tiny --out merged [--adapter-only]
-    python -m extras.export --model tiny --from-peft theirs --out runs/theirs
 
 The folder is a plain hub folder of its architecture (LoRA folded into the weights, each vector of a
 soft prompt the embedding of an added token, the prompt strings in vladva.json) and beside that a
 sentence-transformers model: SentenceTransformer("merged").encode([image, "a text"]). --adapter-only
-leaves out the base's weights and is in peft's format, which --from-peft reads. How to use them:
-docs/export.md. Not here: the original LLaVA's weights (extras/convert_llava.py).
+leaves out the base's weights and is in peft's format; --adapter takes such a folder everywhere,
+whoever trained it. How to use them: docs/export.md.
+Not here: the original LLaVA's weights (extras/convert_llava.py).
 """
 
-import argparse
 import json
 import re
 from dataclasses import asdict, replace
@@ -23,8 +22,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 import data
+from data import write_json
 from lora import lora_layers
-from model import LVLM, LVLMConfig, from_json, read_json, read_tensors, write_json
+from model import LVLM, LVLMConfig, from_json, read_json, read_tensors
 from vladva import VladVA, VladVAConfig, load_model
 
 LLAVA_PREFIXES = (  # name here -> name in llava-hf's folders; the first that fits
@@ -112,7 +112,10 @@ def add_tokens(model: VladVA) -> tuple[tokenizers.Tokenizer, dict[int, Tensor], 
         # behind the trained vectors come the spaces, which are as they were
         _, prompt_ids, _ = split_ids(model, modality)
         spaces = torch.tensor(prompt_ids[len(soft_prompt) :], dtype=torch.long)
-        vectors = [*soft_prompt.detach(), *model.lvlm.embed(spaces.to(model.lvlm.device))]
+        vectors = [
+            *soft_prompt.detach(),
+            *model.lvlm.decoder.embed_tokens(spaces.to(model.lvlm.device)),
+        ]
         names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
         tokenizer.add_special_tokens(names)
         embeddings |= {tokenizer.token_to_id(name): x for name, x in zip(names, vectors)}
@@ -204,7 +207,7 @@ def save_peft_adapter(model: VladVA, embeddings: dict[int, Tensor], folder: Path
 
 
 def read_peft_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """Tensors and config, as vladva.read_adapter's, of an adapter in peft's format.
+    """For vladva.read_adapter: tensors and config of an adapter in peft's format.
 
     One that save_peft_adapter wrote comes back bit for bit. Another brings LoRA alone and gets the
     paper's hand prompts; load_adapter_state refuses it if it is more than LoRA on our layers.
@@ -268,14 +271,15 @@ Embeddings of images and texts by {base}, adapted by VladVA (arXiv 2412.04378).
 vladva.json holds the prompts and the configuration of the training.{scores}
 
 Limits: an image or a text at a time, not both; a text that holds an added token such as
-`<text_prompt_0>` is read as the prompt; a text over {positions} tokens is cut.
+`<text_prompt_0>` is read as the prompt; a text over {positions} tokens is cut. Of a path
+transparency is dropped; PIL.ImageOps.exif_transpose(PIL.Image.open(path)) is laid on white.
 """
 
 
 # Tokenizer and image processor, as transformers reads them.
 def save_processors(model: VladVA, tokenizer, config: VladVAConfig, folder: Path) -> None:
     lvlm_config = model.lvlm.config
-    eos = lvlm_config.eos_token_id
+    eos = lvlm_config.end_tokens[0]
     tokenizer.save(str(folder / "tokenizer.json"))
     # transformers' Llama class would rebuild the tokenizer from its vocabulary, with other ids
     # beside added tokens; this one takes tokenizer.json as it is
@@ -371,23 +375,14 @@ def export(
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="extras.export", description="An adapter for others.")
+    parser = data.Parser(prog="extras.export", description="An adapter for others.")
     data.add_model_flags(parser)
     parser.add_argument("--out", required=True, help="folder to write; it may not hold a model")
     only_help = "peft's format, without the base's weights (default: merged into them)"
     parser.add_argument("--adapter-only", action="store_true", help=only_help)
-    from_help = "folder of an adapter in peft's format, to become this project's (default: none)"
-    parser.add_argument("--from-peft", metavar="FOLDER", help=from_help)
     args = parser.parse_args(argv)
     # before a model is loaded, which takes a while
     check_empty(args.out)
-    if args.from_peft:
-        tensors, config = read_peft_adapter(args.from_peft)
-        model = VladVA.from_pretrained(args.model, config=config)
-        model.load_adapter_state(tensors, args.from_peft)
-        model.save_adapter(args.out)
-        print(f"written: {args.out}, for --adapter")
-        return
     if args.adapter is None:
         raise ValueError("there is no adapter to export: --adapter wants a training run's folder")
     path = Path(args.adapter) / "scores.json"

@@ -8,7 +8,6 @@ operations of a real step of train.backward there, and the memory follows from w
 Not here: measurements. train.py writes the peak memory and the speed of a run to metrics.jsonl.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(prog="python -m extras.plan", description=__doc__).parse_args(argv)
+    data.Parser(prog="python -m extras.plan", description=__doc__).parse_args(argv)
     tables = plan()
     print(tables)
     before, start, rest = PAGE.read_text(encoding="utf-8").partition("<!-- plan -->\n")

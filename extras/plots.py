@@ -5,7 +5,6 @@
 Not here: what the figures of the studies and of the ablation show (studies.py, ablation.py).
 """
 
-import argparse
 import json
 import textwrap
 from collections.abc import Callable
@@ -141,7 +140,7 @@ def save_figure(path: Path, draw: Callable, *args) -> None:
 @data.command
 def main(argv: list[str] | None = None) -> None:
     description = "Draw the curves of a run into OUT/curves.png."
-    parser = argparse.ArgumentParser(prog="python -m extras.plots", description=description)
+    parser = data.Parser(prog="python -m extras.plots", description=description)
     parser.add_argument("out", metavar="OUT", help="folder of the run, finished or not")
     draw_curves(parser.parse_args(argv).out)
 

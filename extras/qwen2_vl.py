@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import model
-from data import CLIP_MEAN, CLIP_STD, normalize_pixels, read_image_settings
+from data import channel_statistics, normalize_pixels, read_image_settings
 from model import DecoderConfig, LVLMConfig, apply_rotary, check_supported, from_json, read_json
 
 # The paper's words -> those of Qwen2-VL's chat template, with its default system turn.
@@ -74,7 +74,7 @@ class Qwen2VLDecoderConfig(DecoderConfig):
     def __post_init__(self):
         super().__post_init__()
         section = self.mrope_section
-        half = self.head_width // 2
+        half = self.head_dim // 2
         if [type(size) for size in section] != [int] * 3 or sum(section) != half:
             raise ValueError(f"config.json: mrope_section is {section}, wanted 3, in sum {half}")
 
@@ -120,8 +120,7 @@ class PatchProcessor:
             raise ValueError(f"{path}: images of {fewest!r} to {most!r} pixels, wanted {wanted}")
         self.min_pixels = fewest
         self.max_pixels = most
-        self.mean = np.array(settings.get("image_mean", CLIP_MEAN))
-        self.std = np.array(settings.get("image_std", CLIP_STD))
+        self.mean, self.std = channel_statistics(settings, path)
 
     def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) nearest to an image's own that the budget and the patches allow."""
@@ -230,7 +229,7 @@ class Qwen2VLDecoder(model.Decoder):
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, (B or 1, 1, T, K); position_ids: (3, B, T), or (B or 1, T) for all axes."""
-        width, theta = self.config.head_width, self.config.rope_theta
+        width, theta = self.config.head_dim, self.config.rope_theta
         frequencies = model.rotary_frequencies(width, theta, position_ids.device)
         axes = position_ids if position_ids.dim() == 3 else [position_ids] * 3
         angles = []

@@ -8,7 +8,6 @@ part of the data: the tiny model's weights and every recorded table depend on it
 Not here: what the tiny model was pre-trained on (assets/make_tiny.py), the metrics (eval.py).
 """
 
-import argparse
 import itertools
 import math
 import re
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import data
 import eval as bench
-from model import write_json
+from data import write_json
 from vladva import VladVA, load_model, similarity
 
 # ---------------------------------------------------------------------------------- the scenes
@@ -413,9 +412,22 @@ def described_scene(seed: int, index: int) -> tuple[Scene, Caption]:
     return scene, short_caption(scene, Random(f"captions {seed} {index}"))
 
 
+# An item that is added again keeps its index, so that it is encoded once.
+class IndexedList(list):
+    def __init__(self):
+        super().__init__()
+        self.indices = {}
+
+    def add(self, item: Scene | Caption) -> int:
+        index = self.indices.setdefault(item, len(self))
+        if index == len(self):
+            self.append(item)
+        return index
+
+
 def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int) -> bench.Benchmark:
     """Held-out scenes: a gallery, and num_items hard negatives a category and pairs a kind."""
-    scenes, texts = bench.IndexedList(), bench.IndexedList()
+    scenes, texts = IndexedList(), IndexedList()
     # the gallery: text i describes scene i, so a caption that two scenes share stands there twice
     for i in range(num_scenes):
         scene, caption = described_scene(seed, i)
@@ -527,7 +539,7 @@ def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict[str, fl
 @data.command
 def main(argv: list[str] | None = None) -> dict:
     about = "Measure a model on rendered scenes held out of training."
-    parser = argparse.ArgumentParser("python -m extras.scenes", description=about)
+    parser = data.Parser("python -m extras.scenes", description=about)
     add = parser.add_argument
     task_help = "score embeddings of scenes, or the model's own captions (default: scenes)"
     add("--task", choices=("scenes", "captions"), default="scenes", help=task_help)

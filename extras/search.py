@@ -6,7 +6,6 @@ Embeds its images once (FOLDER/vladva-*.index, a file for each model and adapter
 a new name, size or time: docs/search.md. Not here: several processes, an index library.
 """
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -29,6 +28,7 @@ def file_stamps(folder: str | Path, endings: tuple[str, ...]) -> dict[bytes, Pat
     paths = {}
     for path in sorted(Path(folder).rglob("*")):
         if path.name.lower().endswith(endings) and path.is_file():
+            # not the content: nothing has to be read to see what is new
             status = path.stat()
             text = ascii([path.relative_to(folder).parts, status.st_size, status.st_mtime_ns])
             paths[hashlib.md5(text.encode()).digest()] = path
@@ -56,7 +56,8 @@ class Index:
     def append(self, stamps: list[bytes], image_emb: Tensor) -> None:
         rows = list(zip(stamps, image_emb.half().cpu().numpy()))
         with open(self.path, "ab") as file:
-            file.truncate(len(self.read()) * self.dtype.itemsize)  # nothing behind half a record
+            # nothing may follow half a record: it would be read across two
+            file.truncate(len(self.read()) * self.dtype.itemsize)
             file.write(np.array(rows, self.dtype).tobytes())
 
     def update(self, model: VladVA) -> tuple[list[int], list[Path]]:
@@ -85,6 +86,7 @@ class Index:
 
     def reduce(self, records: np.ndarray, dim: int) -> tuple[Tensor, Tensor]:
         """Principal components (D, dim), and the embeddings along them (N, dim); computed once."""
+        # of other records, other components: in a file of another name
         digest = hashlib.md5(records["stamp"].tobytes()).hexdigest()
         path = self.path.with_suffix(f".{digest[:12]}.{dim}.safetensors")
         if not path.exists():
@@ -93,8 +95,9 @@ class Index:
             sample = image_emb[:: 1 + len(image_emb) // 20000].float()
             _, vectors = torch.linalg.eigh(torch.cov(sample.T))  # smallest variance first
             components = vectors[:, -dim:].contiguous()
-            blocks = image_emb.split(BLOCK)
-            parts = [F.normalize(block.float() @ components, dim=-1).half() for block in blocks]
+            parts = []
+            for block in image_emb.split(BLOCK):
+                parts.append(F.normalize(block.float() @ components, dim=-1).half())
             data.write_tensors(path, {"components": components, "embeddings": torch.cat(parts)})
         tensors, _ = read_tensors(path)
         return tensors["components"], tensors["embeddings"]
@@ -107,8 +110,10 @@ class Index:
             components, image_emb = self.reduce(records, dim)
             text_emb = F.normalize(text_emb @ components, dim=-1)
         # all records, in blocks: picking the rows first would copy them
-        blocks = image_emb.split(BLOCK)
-        scores = torch.cat([similarity(block.float(), text_emb)[:, 0] for block in blocks])  # (N,)
+        parts = []
+        for block in image_emb.split(BLOCK):
+            parts.append(similarity(block.float(), text_emb)[:, 0])
+        scores = torch.cat(parts)  # (N,)
         return scores[rows].topk(min(top, len(rows)))
 
 
@@ -124,7 +129,7 @@ def draw_sheet(path: str, hits: list[tuple[str, str]], side: int = 128) -> None:
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m extras.search", description=__doc__.split("\n")[0])
+    parser = data.Parser("python -m extras.search", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="images, in subfolders too; the index is written there")
     parser.add_argument("text", help="what to look for")
     data.add_model_flags(parser)

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 import data
 import eval as benchmarks
-from data import format_table, say
+from data import format_table, say, write_json
 from extras import scenes
 from extras.plots import save_figure
-from model import read_json, write_json
+from model import read_json
 from vladva import VladVA, at_least_float32, load_model, summary_embedding
 
 PROMPTS = benchmarks.ASSETS / "prompts.json"  # 50 pairs in words that the tiny model can read
@@ -102,7 +102,8 @@ def testbed(model: VladVA, args: argparse.Namespace) -> tuple[list, list[str]]:
             scene, caption = scenes.described_scene(args.seed, index)
             pairs.append((scenes.render(scene, size), str(caption)))
     else:
-        for row in data.Pairs(args.data, model.tokenizer).hold_out(args.items, data.BadRows()):
+        rows = data.Pairs(args.data, model.tokenizer)
+        for row in benchmarks.hold_out(rows, args.items, data.BadRows()):
             pairs.append((row["image"], row["short"][0]))
     if len(pairs) < 2:
         raise ValueError(f"{args.data} gives {len(pairs)} captioned rows: at least 2 are needed")
@@ -402,7 +403,7 @@ STUDIES = {
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m extras.studies", description=__doc__)
+    parser = data.Parser("python -m extras.studies", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))

@@ -41,8 +41,8 @@ def write_folder(folder: Path) -> None:
     """The LLaVA-shaped random folder."""
     from conftest import CLIP_L_336, VICUNA_7B, hub_config, make_folder, write_llama_tokenizer
 
-    from data import TINY
-    from model import read_json, write_json
+    from data import TINY, write_json
+    from model import read_json
 
     vision = CLIP_L_336 | {
         "hidden_size": 256,

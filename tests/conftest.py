@@ -16,9 +16,10 @@ import tokenizers
 import torch
 
 import data
+from data import write_json
 from extras import scenes
 from extras.export import save_lvlm
-from model import LVLM, LVLMConfig, parse_config, rename_key, write_json
+from model import LVLM, LVLMConfig, parse_config, rename_key
 from vladva import VladVA, VladVAConfig
 
 torch.set_num_threads(2)

@@ -36,7 +36,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
-from extras.export import PEFT_LAYERS, export, read_peft_adapter
+from extras.export import PEFT_LAYERS, export
 from model import read_json
 from vladva import VladVA, VladVAConfig
 
@@ -209,15 +209,15 @@ def rows_of(name: str, source, fields: dict, dtype: torch.dtype, work: Path, ima
     # the way back: an adapter that peft made, with the hand prompts of the paper
     theirs = work / f"theirs {name}"
     network = train_with_peft(load_base(source, dtype), theirs)
-    tensors, config = read_peft_adapter(theirs)
-    config = VladVAConfig(**vars(config) | {"image_mode": model.config.image_mode})
-    model = VladVA.from_pretrained(source, dtype=dtype, config=config)
-    model.load_adapter_state(tensors, theirs)
+    ours = VladVA.from_pretrained(source, theirs, dtype=dtype)
+    # which says nothing of the images' form
+    ours.image_processor = model.image_processor
     prompts = {}
     for modality in ("image", "text"):
-        template = model.lvlm.config.apply_chat_template(getattr(config, f"{modality}_template"))
-        prompts[modality] = template.replace("{prompt}", getattr(config, f"{modality}_prompt"))
-    differences = compare_network(model, network, prompts, processor, *images)
+        template = getattr(ours.config, f"{modality}_template")
+        template = ours.lvlm.config.apply_chat_template(template)
+        prompts[modality] = template.replace("{prompt}", getattr(ours.config, f"{modality}_prompt"))
+    differences = compare_network(ours, network, prompts, processor, *images)
     rows.append([f"{name}: made by peft", *differences])
     return rows
 

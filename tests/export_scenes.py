@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import command
+from data import command, write_json
 from extras import scenes
-from model import write_json
 
 UNITS = {"llava": 5, "llava_alone": 1, "coco": 2, "sam": 1, "openimages": 1, "coco_test": 1}
 SUMMARY = "Render a clear and concise summary of the photo.\n<image>"

@@ -30,8 +30,9 @@ from conftest import (
 )
 
 import data
+from data import write_json
 from extras.export import hub_key, save_weights
-from model import LVLM, parse_config, read_json, write_json
+from model import LVLM, parse_config, read_json
 
 LOAD = """
 import resource, sys, torch

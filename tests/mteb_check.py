@@ -23,8 +23,9 @@ from mteb.models import SentenceTransformerEncoderWrapper
 
 import data
 import eval as bench
+from data import write_json
 from extras import export, scenes
-from model import read_json, write_json
+from model import read_json
 
 SEED = 3000  # of the scenes
 NUM_IMAGES = 200  # of the gallery

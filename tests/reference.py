@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import ImageOps
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
-from transformers.image_utils import load_image
 
 import data
 from extras import scenes
@@ -63,7 +63,7 @@ def compare_llava(folder: Path) -> None:
     pixels = torch.stack([ours.image_processor(image) for image in images])
     prompt = ours.config.detail_prompt
     sequence = ours.sequence(GENERATE_TEMPLATE, prompt)
-    batch = ours.collate([sequence] * len(images))
+    batch = data.collate([sequence] * len(images), ours.tokenizer)
 
     # their tokenizer reads one image token, which their processor would repeat
     their_ids = tokenizer(GENERATE_TEMPLATE.format(prompt=prompt)).input_ids
@@ -138,8 +138,8 @@ def compare_merged(name: str, adapter: str) -> None:
     def embed(inputs):
         return F.normalize(model(**inputs).last_hidden_state[:, -1].float(), dim=-1)
 
-    def embed_image(source):
-        image = load_image(source)
+    def embed_image(image):
+        image = ImageOps.exif_transpose(image)
         return embed(processor(images=image, text=prompts["image"], return_tensors="pt"))
 
     def embed_text(text):

@@ -10,8 +10,9 @@ import torch
 from conftest import make_folder, random_config, write_llama_tokenizer
 from safetensors.torch import load_file, save_file
 
+from data import write_json
 from extras import convert_llava
-from model import load_lvlm, write_json
+from model import load_lvlm
 from vladva import VladVA, VladVAConfig
 
 WORDS = 32000  # of the original's vocabulary
@@ -108,7 +109,9 @@ def test_an_original_folder_converts_to_the_same_logits(original, hub_folder, tm
     before, after = load_lvlm(hub_folder), load_lvlm(out)
     ids = torch.tensor([[1, 700, 31999, 5]])
     pixels = torch.randn(1, 3, before.config.vision.image_size, before.config.vision.image_size)
-    logits = [lvlm.lm_head(lvlm.decoder(lvlm.embed(ids))) for lvlm in (before, after)]
+    logits = [
+        lvlm.lm_head(lvlm.decoder(lvlm.decoder.embed_tokens(ids))) for lvlm in (before, after)
+    ]
     assert torch.equal(logits[0][..., :WORDS], logits[1][..., :WORDS])
     assert torch.equal(before.image_features(pixels), after.image_features(pixels))
     largest = logits[1][..., :WORDS].amax(-1, keepdim=True)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import eval as benchmarks
+from extras import embeddings
 from vladva import next_token_loss
 
 
@@ -242,6 +243,22 @@ def test_nocaps_is_the_mean_of_its_domains(tmp_path, capsys):
         del row["domain"]
     write(file, {"images": images, "annotations": captions})
     assert "KeyError: 'domain'" in refusal(capsys, tmp_path, "nocaps")
+
+
+def test_all_captions_of_nocaps_count_by_default(tmp_path):
+    """It has ten of an image, of which only five were read."""
+    images = []
+    captions = []
+    for i, domain in enumerate(("in-domain", "near-domain", "out-domain")):
+        images.append({"id": i, "domain": domain, "file_name": f"{i}.jpg"})
+        write_image(tmp_path / f"{i}.jpg")
+        for n in range(10):
+            captions.append({"image_id": i, "id": 10 * i + n, "caption": f"caption {n} of {i}"})
+    file = tmp_path / "nocaps_val_4500_captions.json"
+    write(file, {"images": images, "annotations": captions})
+    assert read(tmp_path, "nocaps").counts["captions"] == 30
+    assert read(tmp_path, "nocaps", "--captions", "0").counts["captions"] == 30
+    assert read(tmp_path, "nocaps", "--captions", "5").counts["captions"] == 15
 
 
 def sugarcrepe_files(tmp_path, categories, as_list=False, **fields):
@@ -506,17 +523,18 @@ def test_saved_embeddings_score_the_same_and_refuse_another_benchmark(
         np.savez(file, **arrays | changes)
         assert message in refusal(capsys, tmp_path, "flickr30k")
     file.write_text("not an archive")
-    assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k")
+    assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k")
 
 
 BROKEN_EMBEDDINGS = {  # kind: (arrays instead of the whole ones, what is said of them)
     "one vector": ({"image_emb": np.ones(3)}, "image_emb is float64 (3,), wanted (3, D)"),
     "complex": ({"image_emb": np.ones((3, 4), complex)}, "image_emb is complex128"),
     "texts": ({"text_emb": np.full((6, 4), "a")}, "text_emb is <U1"),
-    "objects": ({"text_emb": np.full((6, 4), None)}, "cannot be read as .npz (Object arrays"),
+    "objects": ({"text_emb": np.full((6, 4), None)}, "cannot be used as embeddings (Object arrays"),
     "no width": ({"text_emb": np.ones((6, 0))}, "wanted (6, D) finite numbers"),
     "other widths": ({"text_emb": np.ones((6, 5))}, "image_emb is (3, 4), text_emb (6, 5)"),
     "a row of zeros": ({"text_emb": np.ones((6, 4)) * [[0]] + 0.0}, "not all 0"),
+    "two rows of zeros": ({"text_emb": np.eye(6, 4)}, "not all 0"),
     "infinite": ({"text_emb": np.full((6, 4), np.inf)}, "finite numbers"),
     "short names": ({"images": ["1.jpg", "2.jpg"]}, "its images are not the benchmark's"),
     "too large": ({"image_emb": np.zeros((3, 200_000), np.int8)}, "image_emb has over 394,240"),
@@ -543,10 +561,10 @@ def test_a_file_that_is_no_whole_archive_is_one_line(tmp_path, capsys):
         [whole[: len(whole) // 2], whole.replace(b"descr", b"d\0scr"), b""]
     ):
         file.write_bytes(content)
-        assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k"), number
+        assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k"), number
     with open(file, "wb") as npy:
         np.save(npy, np.ones((3, 4)))
-    assert "cannot be read as .npz" in refusal(capsys, tmp_path, "flickr30k")
+    assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k")
 
 
 def test_embeddings_of_any_magnitude_are_normalised_and_others_in_the_file_are_not_read(tmp_path):
@@ -559,7 +577,7 @@ def test_embeddings_of_any_magnitude_are_normalised_and_others_in_the_file_are_n
         np.savez(tmp_path / "emb.npz", image_emb=scale * emb[:3], text_emb=scale * emb)
         with zipfile.ZipFile(tmp_path / "emb.npz", "a") as archive:
             archive.writestr("other.npy", "no array")
-        image_emb, text_emb = benchmarks.load_embeddings(str(tmp_path / "emb.npz"), benchmark)
+        image_emb, text_emb = embeddings.load(str(tmp_path / "emb.npz"), benchmark)
         assert text_emb.dtype == torch.float32
         torch.testing.assert_close(text_emb, expected)
         torch.testing.assert_close(image_emb, expected[:3])

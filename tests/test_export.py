@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -24,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data import write_json
 from extras.export import (
     PEFT_LAYERS,
     PEFT_ROWS,
@@ -35,9 +39,10 @@ from extras.export import (
     save_peft_adapter,
 )
 from lora import attach_lora
-from model import LVLM, load_lvlm, open_safetensors, parse_config, read_json, rename_key, write_json
+from model import LVLM, load_lvlm, open_safetensors, parse_config, read_json, rename_key
 from vladva import VladVA, VladVAConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["a red bus", " 2 dogs, and a cat.\n", "“Ä” 犬 {caption} {{ x }}", 'it\'s\na "quote"']
 IMAGES = [
     Image.new("RGB", (50, 90), (200, 10, 30)),
@@ -336,9 +341,7 @@ def test_the_target_modules_are_the_decoders_linear_layers():
 def test_an_adapter_comes_back_from_pefts_format_bit_for_bit(llama_folder, tmp_path, config):
     model = adapted(llama_folder, **config)
     export(model, tmp_path / "small", adapter_only=True)
-    small, back = str(tmp_path / "small"), str(tmp_path / "back")
-    main(["--model", str(llama_folder), "--from-peft", small, "--out", back])
-    again = VladVA.from_pretrained(llama_folder, adapter=back)
+    again = VladVA.from_pretrained(llama_folder, adapter=tmp_path / "small")
     assert again.config == model.config
     before, after = model.trained_parameters(), again.trained_parameters()
     assert before.keys() == after.keys()
@@ -360,11 +363,30 @@ def test_an_adapter_that_peft_trained_elsewhere_is_read(random_folder, tmp_path,
     tensors, config = read_peft_adapter(theirs)
     assert config == VladVAConfig(soft_prompts=False, lora_rank=4, lora_alpha=6)
     assert tensors.keys() == pairs.keys()
-    out = str(tmp_path / "out")
-    main(["--model", str(random_folder), "--from-peft", str(theirs), "--out", out])
-    model = VladVA.from_pretrained(random_folder, adapter=out)
+    model = VladVA.from_pretrained(random_folder, adapter=theirs)
     for name, p in model.trained_parameters().items():
         assert torch.equal(p, pairs[name]), name
+
+
+def test_every_command_takes_a_folder_in_pefts_format_as_the_adapter(llama_folder, tmp_path):
+    """As programs, where vladva.py runs under another name than the one that export.py imports."""
+    model = adapted(llama_folder)
+    model.save_adapter(tmp_path / "run")
+    export(model, tmp_path / "small", adapter_only=True)
+    IMAGES[0].save(tmp_path / "a.png")
+    flags = ["--model", str(llama_folder), "--adapter"]
+    tables = []
+    for name in ("run", "small"):
+        command = [sys.executable, "vladva.py", str(tmp_path / "a.png"), "a red bus", *flags]
+        done = subprocess.run([*command, str(tmp_path / name)], cwd=ROOT, capture_output=True)
+        tables.append(done.stdout)
+    assert tables[0].count(b"\n") == 3 and tables[0] == tables[1]
+    main([*flags, str(tmp_path / "small"), "--out", str(tmp_path / "merged")])
+    assert_embeds_alike(model, VladVA.from_pretrained(tmp_path / "merged"))
+    # and a run's adapter.safetensors goes before peft's files beside it
+    shutil.copytree(tmp_path / "small", tmp_path / "run", dirs_exist_ok=True)
+    again = VladVA.from_pretrained(llama_folder, adapter=tmp_path / "run")
+    assert again.config == model.config
 
 
 @pytest.mark.parametrize(
@@ -398,7 +420,7 @@ def test_an_adapter_of_other_layers_is_refused(random_folder, tmp_path, capsys):
         save_file(changed, path)
         with pytest.raises(SystemExit):
             out = str(tmp_path / "out")
-            main(["--model", str(random_folder), "--from-peft", str(theirs), "--out", out])
+            main(["--model", str(random_folder), "--adapter", str(theirs), "--out", out])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     path.unlink()

@@ -83,7 +83,7 @@ def test_the_architecture_of_the_page_is_made_loaded_and_trained(example, tmp_pa
     names = example("llama3.py")
     names["random_folder"](tmp_path / "model")
     lvlm = networks.load_lvlm(tmp_path / "model")
-    assert lvlm.config.decoder.head_width == 48 and lvlm.config.decoder.rope_theta == 500000
+    assert lvlm.config.decoder.head_dim == 48 and lvlm.config.decoder.rope_theta == 500000
     assert lvlm.decoder.layers[0].self_attn.q_proj.weight.shape == (4 * 48, 128)
     flags = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--steps", "2"]
     train.main([*flags, "--batch-size", "4", "--holdout", "0"])

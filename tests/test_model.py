@@ -64,7 +64,11 @@ def test_decoder_attention_equals_a_naive_loop(lvlm):
     """Grouped-query heads, causal: query head h reads key-value head h // (H / G)."""
     attention = lvlm.decoder.layers[0].self_attn
     config = lvlm.config.decoder
-    num_heads, groups, width = config.num_attention_heads, config.kv_heads, config.head_width
+    num_heads, groups, width = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     num_tokens = 5
     x = torch.randn(1, num_tokens, config.hidden_size)
     cos, sin = rotary_tables(list(range(num_tokens)), width, config.rope_theta, torch.float32)
@@ -173,18 +177,20 @@ def test_cached_generation_equals_running_everything_again(lvlm, eos_token):
     torch.manual_seed(0)
     prompts = [torch.randint(5, 400, (length,)) for length in (9, 4)]
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    answers = generate(lvlm, lvlm.embed(padded), torch.tensor([9, 4]), max_new_tokens=12)
+    answers = generate(
+        lvlm, lvlm.decoder.embed_tokens(padded), torch.tensor([9, 4]), max_new_tokens=12
+    )
     for prompt, answer in zip(prompts, answers):
         ids = prompt.tolist()
         for _ in range(12):
-            hidden_states = lvlm.decoder(lvlm.embed(torch.tensor([ids])))
+            hidden_states = lvlm.decoder(lvlm.decoder.embed_tokens(torch.tensor([ids])))
             ids.append(lvlm.lm_head(hidden_states[0, -1]).argmax().item())
         assert answer == ids[len(prompt) :]
 
 
 def test_generation_stops_at_the_end_token_of_each_row(lvlm, eos_token):
     torch.manual_seed(0)
-    embeds = lvlm.embed(torch.randint(5, 400, (2, 6)))
+    embeds = lvlm.decoder.embed_tokens(torch.randint(5, 400, (2, 6)))
     lengths = torch.tensor([6, 6])
     eos_token(-1)
     endless = generate(lvlm, embeds, lengths, max_new_tokens=20)
@@ -198,7 +204,7 @@ def test_generation_stops_at_the_end_token_of_each_row(lvlm, eos_token):
     "count, message", [(5000, "4 . 5000 new tokens.* 1024"), (0, "4 . 0 new tokens: wanted 1 or")]
 )
 def test_generation_refuses_what_does_not_fit(lvlm, count, message):
-    embeds = lvlm.embed(torch.ones(1, 4, dtype=torch.long))
+    embeds = lvlm.decoder.embed_tokens(torch.ones(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=message):
         generate(lvlm, embeds, torch.tensor([4]), count)
 
@@ -306,7 +312,8 @@ def test_left_out_fields_take_the_documented_defaults():
     config = parse_config(hub_config(VICUNA_7B))
     decoder = config.decoder
     assert (decoder.hidden_size, decoder.intermediate_size) == (4096, 11008)
-    assert (decoder.num_hidden_layers, decoder.kv_heads, decoder.head_width) == (32, 32, 128)
+    assert decoder.num_hidden_layers == decoder.num_key_value_heads == 32
+    assert decoder.head_dim == 128
     assert (decoder.rope_theta, decoder.rms_norm_eps) == (10000.0, 1e-5)
     assert (config.bos_token_id, config.eos_token_id) == (1, 2)
     assert config.image_grid() == (24, 24)
@@ -376,10 +383,13 @@ def test_dimensions_below_one_are_refused_by_name(section, change, message):
         LVLM(parse_config(changed_config(section, change)))
 
 
-def test_several_end_tokens_are_refused_by_name():
-    """Llama 3's config.json lists two; LLaVA-1.5's has one, which trained captions end in."""
-    with pytest.raises(ValueError, match=r"eos_token_id is \[2, 3\], wanted"):
-        parse_config(changed_config("text_config", {"eos_token_id": [2, 3]}))
+def test_several_end_tokens_are_read_and_need_embeddings():
+    """Llama 3's config.json lists two; any ends an answer, the first ends trained captions."""
+    config = parse_config(changed_config("text_config", {"eos_token_id": [2, 3]}))
+    assert config.end_tokens == [2, 3]
+    for tokens in ([], [2, "3"], [2, -1], -1):
+        with pytest.raises(ValueError, match="no embedding of <image> or end token"):
+            parse_config(changed_config("text_config", {"eos_token_id": tokens}))
 
 
 @pytest.mark.parametrize("rope_type", ["rope_type", "type"])

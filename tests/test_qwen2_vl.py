@@ -9,6 +9,7 @@ import random
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,9 +87,11 @@ def outputs(lvlm, processor, which: tuple[int, ...]) -> dict:
         input_ids = all_input_ids[n]
         position_ids = config.position_ids(input_ids, grid)
         sequences.append(data.TokenSequence(input_ids, 0, 1, 0, position_ids=position_ids))
-    batch = data.collate(sequences, 0, config.image_token_id)
+    batch = data.collate(
+        sequences, SimpleNamespace(pad_token_id=0, image_token_id=config.image_token_id)
+    )
     features = lvlm.image_features(config.stack_images(patches))
-    embeds = lvlm.embed(batch.input_ids)
+    embeds = lvlm.decoder.embed_tokens(batch.input_ids)
     embeds = embeds.index_put(tuple(batch.image_token_index), features)
     hidden_states = lvlm.decoder(embeds, batch.position_ids)
     lengths = torch.tensor([len(sequence.input_ids) for sequence in sequences])
@@ -462,7 +465,7 @@ SECTIONS = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
         ({"vision_config": None}, "vision_config is None, wanted a JSON object"),
         ({"vision_config": {"in_chans": 1}}, "vision_config: in_chans is 1"),
         ({"vision_config": {"patch_size": [14, 14]}}, r"patch_size is \[14, 14\]"),
-        ({"vision_config": {"depth": 0}}, "vision_config: depth is 0, wanted 1 or more"),
+        ({"vision_config": {"depth": 0}}, "vision_config: depth is 0, wanted 1 to 1000"),
         ({"vision_config": {"embed_dim": 50}}, "embed_dim 50, no multiple of 4 num_heads"),
     ],
 )

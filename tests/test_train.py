@@ -887,7 +887,7 @@ def test_two_ranks_equal_one_process(random_folder, tmp_path):
     """
     path = write_pairs(tmp_path)
     rows = data.Pairs(path, VladVA.from_pretrained(random_folder).tokenizer)
-    for row in [*rows.hold_out(2, data.BadRows()), rows.parse(0)]:
+    for row in [*benchmarks.hold_out(rows, 2, data.BadRows()), rows.parse(0)]:
         row["image"].write_bytes(row["image"].read_bytes()[:60])
     flags = ["--model", random_folder, "--data", path, "--holdout", 4, "--steps", 3]
     flags += ["--batch-size", 9, "--lora-rank", 4, "--learn-temperature", "--save-every", 2]

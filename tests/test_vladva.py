@@ -352,7 +352,7 @@ def test_soft_prompts_replace_the_hand_prompts_tokens_and_start_as_their_embeddi
         ("image", model.image_sequence()),
         ("text", model.text_sequence("a red circle")),
     ):
-        embeddings = model.lvlm.embed(torch.tensor(prompt_ids(sequence)))
+        embeddings = model.lvlm.decoder.embed_tokens(torch.tensor(prompt_ids(sequence)))
         assert torch.equal(model.soft_prompts[modality], embeddings)
     before = model.encode_text(["a red circle"])
     with torch.no_grad():
