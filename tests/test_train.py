@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from conftest import HUB_CONFIGS, shaken, write_llama_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import data
 import eval as benchmarks
 import train as training
 import vladva
-from model import LVLM, parse_config
+from model import LVLM, DecoderBlock, parse_config
 from train import TrainConfig
 from vladva import EmbeddingLoss, VladVA, VladVAConfig, similarity
 
@@ -173,6 +174,25 @@ def test_gradient_checkpointing_changes_no_gradient(random_folder, scene_rows):
     model.lvlm.decoder.gradient_checkpointing = True
     recomputed, _ = gradients(model, scene_rows, 3, gradient_caching=True)
     assert all((plain[name] - recomputed[name]).abs().max() < 1e-9 for name in plain)
+
+
+@pytest.mark.parametrize("flags", [["--soft-prompts"], ["--no-soft-prompts"]])
+def test_compile_makes_few_graphs(random_folder, pairs, tmp_path, monkeypatch, flags):
+    """Micro-batches of two sizes, one of them a single row, and an evaluation in between.
+
+    Dynamo gives up at its limit, 8 graphs of a function, and the rest runs uncompiled.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(DecoderBlock, "compile", lambda self: compile_module(self, backend="eager"))
+    flags = [*flags, "--compile", "--gradient-caching", "--eval-every", 1, "--holdout", 2]
+    flags += ["--steps", 2, "--batch-size", 9]
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        scores = run(random_folder, pairs, tmp_path / "run", *flags)
+    torch._dynamo.reset()
+    assert scores["after"]["scores"]
+    assert counters["stats"]["unique_graphs"] <= 12
 
 
 def test_a_batch_with_nothing_to_learn_from_is_refused(random_folder, scene_rows):
