@@ -377,7 +377,7 @@ class Attention(nn.Module):
         key_width = config.num_key_value_heads * config.head_dim
         self.layer = layer
         self.head_dim = config.head_dim
-        self.grouped = query_width != key_width
+        self.group_size = config.num_attention_heads // config.num_key_value_heads
         self.q_proj = nn.Linear(width, query_width, bias)
         self.k_proj = nn.Linear(width, key_width, bias)
         self.v_proj = nn.Linear(width, key_width, bias)
@@ -400,7 +400,12 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.grouped}
+        # of the fused kernels on a GPU, FlashAttention alone lets queries share keys
+        shared = self.group_size > 1
+        if shared and x.device.type != "cpu" and (mask is not None or x.dtype == torch.float32):
+            k, v = (heads.repeat_interleave(self.group_size, dim=1) for heads in (k, v))
+            shared = False
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": shared}
         attended = F.scaled_dot_product_attention(q, k, v, **options)  # (B, H, T, K)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 

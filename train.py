@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import signal
@@ -38,6 +39,7 @@ from eval import HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
+TRAIN_DTYPES = ("float32", "bfloat16")  # small gradients would be 0 in float16
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
 MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
@@ -65,7 +67,7 @@ class TrainConfig:
     max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str | None = flag(None, "of frozen weights (default: bfloat16 on cuda)", choices=DTYPES)
+    dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
     num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
@@ -104,7 +106,8 @@ def train(
             before = held_out.measure(model) if len(held_out) > 1 else None
         adapt(model, rows, held_out, bad_rows, config)
         say(f"written: {out}/adapter.safetensors")
-        return report(out, held_out, before, held_out.measure(model)) if before else {}
+        with torch.compiler.set_stance("force_eager"):
+            return report(out, held_out, before, held_out.measure(model)) if before else {}
 
 
 def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
@@ -127,7 +130,8 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
             line = run_step(model, batch, optimizer, step, config)
             measured = len(held_out) > 1 and step % (config.eval_every or config.steps) == 0
             if measured and step < config.steps:
-                line["held_out"] = held_out.measure(model).scores
+                with torch.compiler.set_stance("force_eager"):  # a cache is a graph for each block
+                    line["held_out"] = held_out.measure(model).scores
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
@@ -287,6 +291,8 @@ def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
     """Gradient checkpointing and torch.compile, block by block."""
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
+        # with or without gradients, first and last block, one row or several: over Dynamo's 8
+        torch._dynamo.config.recompile_limit = 64
         for block in model.lvlm.decoder.layers:
             block.compile()
 
@@ -343,12 +349,22 @@ class Steps:
         return StepBatch(micro_batches, [row["where"] for row in rows], bad)
 
 
-def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> DataLoader:
+# torchrun signals all processes at once: those that make batches end with the one that trains.
+def ignore_signals(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[StepBatch]:
     """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
-    workers = config.num_workers or 0
-    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    steps = Steps(model, rows, config)
     numbers = range(first_step, config.steps + 1)
-    return DataLoader(Steps(model, rows, config), batch_size=None, sampler=numbers, **options)
+    if not config.num_workers:
+        return map(steps.__getitem__, numbers)
+    # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
+    options = {"worker_init_fn": ignore_signals, "collate_fn": pickle.dumps, "prefetch_factor": 1}
+    options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
+    return map(pickle.loads, DataLoader(steps, batch_size=None, sampler=numbers, **options))
 
 
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
@@ -366,6 +382,7 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
             raise ValueError("--steps and --epochs: give one of them")
         steps = max(1, round(config.epochs * steps_per_epoch))
     lr = 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size if config.lr is None else config.lr
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     settings = {
         "out": f"runs/{Path(config.model).name}",
         "steps": steps,
@@ -374,7 +391,7 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
         "gradient_checkpointing": cuda,
         "lr": lr,
         "soft_prompt_lr": 4 * lr,
-        "num_workers": 8 if cuda else 0,
+        "num_workers": min(8, cores) if cuda else 0,
     }
     # what was asked for comes first; a run that goes on finds steps here, and no epochs
     settings |= {name: value for name, value in vars(config).items() if value is not None}

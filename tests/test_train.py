@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,13 @@ import torch.nn.functional as F
 from conftest import HUB_CONFIGS, shaken, write_llama_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import data
 import eval as benchmarks
 import train as training
 import vladva
-from model import LVLM, parse_config
+from model import LVLM, DecoderBlock, parse_config
 from train import TrainConfig
 from vladva import EmbeddingLoss, VladVA, VladVAConfig, similarity
 
@@ -172,6 +174,25 @@ def test_gradient_checkpointing_changes_no_gradient(random_folder, scene_rows):
     model.lvlm.decoder.gradient_checkpointing = True
     recomputed, _ = gradients(model, scene_rows, 3, gradient_caching=True)
     assert all((plain[name] - recomputed[name]).abs().max() < 1e-9 for name in plain)
+
+
+@pytest.mark.parametrize("flags", [["--soft-prompts"], ["--no-soft-prompts"]])
+def test_compile_makes_few_graphs(random_folder, pairs, tmp_path, monkeypatch, flags):
+    """Micro-batches of two sizes, one of them a single row, and an evaluation in between.
+
+    Dynamo gives up at its limit, 8 graphs of a function, and the rest runs uncompiled.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(DecoderBlock, "compile", lambda self: compile_module(self, backend="eager"))
+    flags = [*flags, "--compile", "--gradient-caching", "--eval-every", 1, "--holdout", 2]
+    flags += ["--steps", 2, "--batch-size", 9]
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        scores = run(random_folder, pairs, tmp_path / "run", *flags)
+    torch._dynamo.reset()
+    assert scores["after"]["scores"]
+    assert counters["stats"]["unique_graphs"] <= 12
 
 
 def test_a_batch_with_nothing_to_learn_from_is_refused(random_folder, scene_rows):
@@ -382,6 +403,19 @@ def test_worker_processes_give_the_same_batches(random_folder):
             ids[-1] += [micro_batch.texts.input_ids for micro_batch in batch.micro_batches]
     assert len(ids[0]) == 8
     assert all(torch.equal(a, b) for a, b in zip(*ids, strict=True))
+
+
+def test_a_step_of_94_micro_batches_comes_from_a_worker_with_few_open_files(random_folder):
+    """1,024 are a usual limit; a file for each tensor used to pass it in the first step."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        model = VladVA.from_pretrained(random_folder)
+        config = sizes(94, 1, steps=2, num_workers=1)
+        batches = list(training.step_loader(model, Numbered(94), config, first_step=1))
+        assert [len(batch.micro_batches) for batch in batches] == [94, 94]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_rows_of_similar_length_share_a_micro_batch_and_the_longest_come_first(
@@ -608,6 +642,7 @@ BAD_REQUESTS = [
     (["--lora-rank", "0"], "--lora-rank is 0"),
     (["--loss", "other"], "loss is 'other', known are vladva"),
     (["--dtype", "int8"], "'int8'"),
+    (["--dtype", "float16"], "--dtype is 'float16': wanted 'float32' or 'bfloat16'"),
     (["--device", "tpu"], "--device tpu cannot be used here"),
     (["--image-mode", "squash"], "'crop' or 'pad'"),
     (["--temperature", "0"], "--temperature is 0.0"),
@@ -676,9 +711,10 @@ def spawn(script, *arguments, ranks=1):
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", port]
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"cwd": ROOT, "env": os.environ | env, "start_new_session": True}
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, **pipes)
+    return subprocess.Popen(command, **options)
 
 
 def finish(process):
@@ -695,25 +731,25 @@ def steps_written(out):
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
 
-def kill_and_resume(flags, out, after, number=signal.SIGKILL, delay=0.0):
-    """Start a run, send it a signal `delay` seconds after `after` steps are written, go on.
+def kill_and_resume(flags, out, after, number=signal.SIGKILL, delay=0.0, ranks=1):
+    """Start a run, send its processes a signal `delay` seconds after `after` steps, go on.
 
-    Returns the exit code of the first process.
+    Returns the exit code of the first run.
     """
-    process = spawn("train.py", *flags, "--out", out)
+    process = spawn("train.py", *flags, "--out", out, ranks=ranks)
     while process.poll() is None and len(steps_written(out)) < after:
         time.sleep(0.01)
     time.sleep(delay)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     process.communicate(timeout=60)
-    finish(spawn("train.py", "--out", out, "--resume"))
+    finish(spawn("train.py", "--out", out, "--resume", ranks=ranks))
     return process.returncode
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_resumed_equals_uninterrupted(random_folder, pairs, tmp_path, number):
     """To the byte of the adapter file, and metrics.jsonl has each step once."""
-    flags = ["--model", random_folder, "--data", pairs, *FEW]
+    flags = ["--model", random_folder, "--data", pairs, *FEW, "--num-workers", 2]
     whole = spawn("train.py", *flags, "--out", tmp_path / "whole")
     code = kill_and_resume(flags, tmp_path / "killed", after=3, number=number)
     assert code == {signal.SIGKILL: -9, signal.SIGTERM: 130}[number]
@@ -899,14 +935,33 @@ def test_two_ranks_equal_one_process(random_folder, tmp_path):
     assert sorted(bad[0]) == sorted(bad[1])
 
 
-def test_two_ranks_name_and_count_a_bad_row_once(random_folder, pairs, tmp_path):
-    """In the second epoch another process may meet it; it used to count as a further bad row."""
-    path = with_bad_lines(pairs, tmp_path / "data", 3)
+@pytest.fixture(scope="module")
+def two_ranks(random_folder, pairs, tmp_path_factory):
+    """(flags, folder, stderr) of a run of two processes on a file with three bad rows."""
+    folder = tmp_path_factory.mktemp("two")
+    path = with_bad_lines(pairs, folder / "data", 3)
     flags = ["--model", random_folder, "--data", path, "--holdout", 0, "--steps", 12]
-    flags += ["--batch-size", 9, "--lora-rank", 4, "--out", tmp_path / "run"]
-    _, err = finish(spawn("train.py", *flags, ranks=2))
+    flags += ["--batch-size", 9, "--lora-rank", 4, "--num-workers", 2]
+    _, err = finish(spawn("train.py", *flags, "--out", folder / "run", ranks=2))
+    return flags, folder / "run", err
+
+
+def test_two_ranks_name_and_count_a_bad_row_once(two_ranks):
+    """In the second epoch another process may meet it; it used to count as a further bad row."""
+    _, out, err = two_ranks
     assert err.count("left out: ") == 3
-    assert len((tmp_path / "run" / "bad_rows.txt").read_text().splitlines()) == 3
+    assert len((out / "bad_rows.txt").read_text().splitlines()) == 3
+
+
+def test_sigterm_to_all_processes_is_saved_and_resumed_to_the_byte(two_ranks, tmp_path):
+    """So torchrun signals; those that make batches used to die, and the run with them, unsaved."""
+    flags, whole, _ = two_ranks
+    killed = tmp_path / "killed"
+    kill_and_resume(flags, killed, 2, signal.SIGTERM, ranks=2)
+    assert len(saved_steps(killed)) == 2  # where it was stopped, and the last
+    for name in ("adapter.safetensors", "bad_rows.txt"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert steps_written(killed) == list(range(1, 13))
 
 
 def full_size_model(size, folder):
