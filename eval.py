@@ -341,9 +341,11 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
 # encode(items) on the host, (B, D): each process encodes its share, all get all rows.
 def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
     rank, world_size = rank_and_world_size()
-    share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
-    rows, _ = data.all_gather_rows(encode(Subset(items, share)))
-    return rows.cpu()
+    # equally many, as split blocks want equally many forwards: the last item fills up
+    size = -(-len(items) // world_size)
+    share = np.arange(rank * size, (rank + 1) * size).clip(max=len(items) - 1)
+    rows, _ = data.all_gather_rows(encode(Subset(items, share.tolist())))
+    return rows[: len(items)].cpu()
 
 
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
@@ -370,9 +372,12 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
     rank, world_size = rank_and_world_size()
     device = model.lvlm.device
     total = torch.zeros(2, dtype=torch.float64)  # loss, tokens: captions differ in length
+    # equally many here too: images without a caption fill up
+    count = len(captions)
+    captions = captions + [None] * (-count % world_size)
     share = range(rank, len(captions), world_size)
     for part in data.batches(share, batch_size, "reading long captions"):
-        opened = [data.open_image(images[i]) for i in part]
+        opened = [data.open_image(images[i % count]) for i in part]
         pixels, batch = model.image_batch(opened, [captions[i] for i in part])
         batch = batch.to(device)
         _, caption_states = model.hidden_states(batch, "image", pixels.to(device))

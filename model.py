@@ -625,10 +625,13 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem:
         raise ValueError(f"{problem}: {'; '.join(problems[:12])}")
 
 
-def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
+def load_lvlm(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, shard: bool = False
+) -> LVLM:
     """The LVLM in a model folder, frozen, on one device in one dtype.
 
     dtype None: bfloat16 on CUDA and for more than 3 billion parameters, float32 otherwise.
+    shard: the decoder's blocks stay in their files, memory-mapped.
     """
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory
@@ -650,7 +653,10 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
         with open_safetensors(path) as shard:
             tensor = shard.get_tensor(key)
             check_finite(tensor, f"{path}: {key}")
-            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            if not (shard and name.startswith("decoder.layers.")):
+                state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        if name not in state:
+            state[name] = open_safetensors(path).get_tensor(key)
     # some tied checkpoints store the shared weight twice
     if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["decoder.embed_tokens.weight"]

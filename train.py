@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -60,12 +61,13 @@ class TrainConfig:
     gradient_caching: bool | None = flag(None, "two forwards, less memory (default: large models)")
     gradient_checkpointing: bool | None = flag(None, "recompute, less memory (default: small GPUs)")
     compile: bool = flag(False, "torch.compile every decoder block")
+    shard: bool = flag(False, "split frozen weights over the processes, for models over one GPU")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
     lr: float | None = flag(None, "LoRA's peak rate (default: 2e-4 x 4096 / decoder width)", low=0)
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
-    max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm; ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
@@ -90,8 +92,11 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
     torch.use_deterministic_algorithms(config.deterministic)
     device = data.init_distributed(config.device)
-    model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
+    dtype = DTYPES.get(config.dtype)
+    model = VladVA.from_pretrained(config.model, None, device, dtype, method, config.shard)
     model.attach(config.seed)
+    if config.shard:
+        shard_blocks(model)
     if method.loss not in LOSSES:
         raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
     bad_rows = data.BadRows()
@@ -234,7 +239,8 @@ def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tupl
         surrogate_loss = model.config.next_token_weight * (caption_states * state_gradient).sum()
         for part, part_gradient in zip(emb, gradient):
             surrogate_loss = surrogate_loss + (part * part_gradient).sum()
-        surrogate_loss.backward()
+        if surrogate_loss.requires_grad:  # not of an empty micro-batch
+            surrogate_loss.backward()
 
     # 4. the gradients of all processes add up; those of the loss's parameters are whole in each
     for name, p in model.trained_parameters().items():
@@ -296,6 +302,23 @@ def lr_scale(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+def shard_blocks(model: VladVA) -> None:
+    """Split the blocks' frozen weights over the processes; one that runs is gathered (FSDP2)."""
+    if rank_and_world_size()[1] == 1:
+        raise ValueError("--shard splits over processes, here is one: start it with torchrun")
+    decoder, dtype = model.lvlm.decoder, model.lvlm.dtype
+    # LoRA stays whole, and with it the optimizer, clipping and checkpoints as they are
+    trained = set(model.trained_parameters().values())
+    for block in tqdm(decoder.layers, "sharding", leave=False, disable=None):
+        # from the file at this moment: no process ever holds the whole model
+        for p in block.parameters():
+            p.data = p.data.to(model.lvlm.device, p.dtype if p in trained else dtype)
+        fully_shard(block, ignored_params=trained)
+    # what knows the order of the blocks gathers the next one while one runs
+    fully_shard(decoder, ignored_params=set(decoder.parameters()))
+    model.sharded = True
+
+
 def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
     """Gradient checkpointing and torch.compile, block by block."""
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
@@ -352,7 +375,8 @@ class Steps:
         # longest first: what the shorter ones need then fits into memory that was used before
         rows.sort(key=lambda row: len(row["long"] or ""), reverse=True)
         micro_batches = []
-        for start in range(0, len(rows), self.config.micro_batch_size):
+        # all processes make equally many micro-batches; an empty one where a row is missing
+        for start in range(0, -(-size // world_size), self.config.micro_batch_size):
             part = rows[start : start + self.config.micro_batch_size]
             micro_batches.append(self.model.training_batch(part))
         return StepBatch(micro_batches, [row["where"] for row in rows], bad)

@@ -179,6 +179,7 @@ class VladVA(nn.Module):
         self.soft_prompts = nn.ParameterDict()
         self.loss_parameters = nn.ParameterDict()
         self.adapted = False
+        self.sharded = False
 
     @classmethod
     def from_pretrained(
@@ -188,6 +189,7 @@ class VladVA(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         config: VladVAConfig | None = None,  # an adapter brings its own
+        shard: bool = False,  # for train.shard_blocks, as load_lvlm's
     ) -> "VladVA":
         """A model by name, hub id or folder, with the adapter of a training run if one is named."""
         folder = data.model_folder(name)
@@ -197,7 +199,7 @@ class VladVA(nn.Module):
         elif config is None and merged.exists():
             config = from_json(VladVAConfig, read_json(merged).get("config"), str(merged))
         config = config or VladVAConfig()
-        lvlm = load_lvlm(folder, device, dtype)
+        lvlm = load_lvlm(folder, device, dtype, shard)
         tokenizer = data.Tokenizer(folder, lvlm.config)
         processor = lvlm.config.image_processor or data.ImageProcessor
         model = cls(lvlm, tokenizer, processor(folder, lvlm.config, config), config, str(name))
@@ -376,6 +378,11 @@ class VladVA(nn.Module):
     def embed_batch(self, batch: data.TrainingBatch) -> tuple[Embeddings, Tensor]:
         """Embeddings of a TrainingBatch, and the states (M, D) that predict its caption tokens."""
         nothing = torch.zeros(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
+        # with split blocks all processes run equally many forwards: of a word for what is missing
+        missing = [batch.images, batch.texts, batch.further_texts].count(None) - 2
+        for _ in range(missing + len(self.loss.inputs) if self.sharded else 0):
+            word = self.text_batch(["a"]).to(nothing.device)
+            nothing = nothing + self.hidden_states(word, "text")[0][:0]
         image_emb = text_emb = texts_emb = caption_states = nothing
         if batch.images:
             summary, caption_states = self.hidden_states(batch.images, "image", batch.pixels)
