@@ -650,8 +650,8 @@ def load_lvlm(
         if name in state:
             raise ValueError(f"{path}: {key} is there twice, under two names")
         # opened anew for each tensor: pages of an open file would count as memory of this process
-        with open_safetensors(path) as shard:
-            tensor = shard.get_tensor(key)
+        with open_safetensors(path) as file:
+            tensor = file.get_tensor(key)
             check_finite(tensor, f"{path}: {key}")
             if not (shard and name.startswith("decoder.layers.")):
                 state[name] = tensor.to(device=device, dtype=dtype, copy=True)
