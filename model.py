@@ -5,8 +5,7 @@
     inputs_embeds = lvlm.decoder.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
     hidden_states = lvlm.decoder(inputs_embeds)  # (B, T, D), after the final norm
 
-Not here: prompts, embeddings and losses (vladva.py); tokenizer and images (data.py); adapters
-(lora.py); other architectures (extras/qwen2_vl.py); dropout, which LLaVA-1.5 does not have.
+Not here: the method (vladva.py), tokenizer and images (data.py), LoRA (lora.py), Qwen2-VL (extras).
 
 Dims: B batch, T tokens, N image tokens, P soft-prompt tokens, D decoder width, V vocabulary,
 R LoRA rank, H heads, G key-value heads, K head width, S cache length, C vision width.
@@ -139,11 +138,7 @@ SUPPORTED_TEXT |= {"rope_scaling": (None, {"rope_type": "default"}, {"type": "de
 
 @dataclass(frozen=True)
 class LVLMConfig:
-    """LLaVA-1.5: what config.json says, and everything in which architectures differ.
-
-    Another architecture is a subclass that overrides what differs and stands in ARCHITECTURES
-    (docs/extending.md; extras/qwen2_vl.py is one).
-    """
+    """LLaVA-1.5: what config.json says. Another architecture is a subclass (docs/extending.md)."""
 
     vision: VisionConfig
     decoder: DecoderConfig
@@ -400,12 +395,10 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        # of the fused kernels on a GPU, FlashAttention alone lets queries share keys
-        shared = self.group_size > 1
-        if shared and x.device.type != "cpu" and (mask is not None or x.dtype == torch.float32):
+        # of the fused kernels on a GPU, FlashAttention alone lets several queries share keys
+        if self.group_size > 1:
             k, v = (heads.repeat_interleave(self.group_size, dim=1) for heads in (k, v))
-            shared = False
-        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": shared}
+        options = {"attn_mask": mask, "is_causal": mask is None}
         attended = F.scaled_dot_product_attention(q, k, v, **options)  # (B, H, T, K)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
@@ -464,14 +457,11 @@ class Decoder(nn.Module):
     def forward(
         self,
         inputs_embeds: Tensor,
-        position_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,  # (B or 1, T) of the rotation; None: 0 .. T - 1
         cache: KVCache | None = None,
         state_index: Tensor | None = None,
     ) -> Tensor:
-        """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1.
-
-        state_index: (M,) flat indices b T + t of the states to return, (M, D); None: (B, T, D).
-        """
+        """The states at state_index, (M,) flat indices b T + t, as (M, D); None: all, (B, T, D)."""
         x = inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
@@ -521,43 +511,39 @@ def generate(
     inputs_embeds: Tensor,
     lengths: Tensor,
     max_new_tokens: int,
-    position_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,  # as the decoder's
 ) -> list[list[int]]:
-    """Greedy decoding of a batch with the key-value cache.
+    """Greedy decoding with the key-value cache: B lists of token ids, without their end tokens.
 
-    inputs_embeds: (B, T, D), right-padded; lengths: (B,) real tokens of each row; position_ids: as
-    the decoder's. Returns B lists of token ids, each ending before its first end-of-sequence token.
+    inputs_embeds: (B, T, D), right-padded; lengths: (B,) real tokens of each row.
     """
     batch_size, width = inputs_embeds.shape[:2]
     limit = lvlm.config.decoder.max_position_embeddings
     if max_new_tokens < 1 or width + max_new_tokens > limit:
         raise ValueError(f"{width} + {max_new_tokens} new tokens: wanted 1 or more, {limit} in all")
-    device = inputs_embeds.device
-    rows = torch.arange(batch_size, device=device)
+    rows = torch.arange(batch_size, device=lengths.device)
+    ends = torch.tensor(lvlm.config.end_tokens, device=lengths.device)
     cache = KVCache(lvlm.config.decoder, inputs_embeds, more=max_new_tokens)
 
     # the prompt at once; its last real token predicts the first new one
-    hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache)
-    last = hidden_states[rows, lengths - 1]  # (B, D)
+    last = lvlm.decoder(inputs_embeds, position_ids, cache)[rows, lengths - 1]  # (B, D)
     next_position = lengths  # (B,) rotary position of the first new token
     if position_ids is not None:
         next_position = position_ids[..., rows, lengths - 1].reshape(-1, batch_size).amax(0) + 1
 
     # then one token at a time
-    tokens = []
-    ends = lvlm.config.end_tokens
-    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    answers = lengths.new_zeros(batch_size, 0)
     for step in range(max_new_tokens):
-        token = lvlm.lm_head(last).argmax(-1)  # (B,)
-        tokens.append(token)
-        finished |= torch.isin(token, torch.tensor(ends, device=device))
-        if step % 8 == 7 and finished.all():  # each question makes the host wait for the device
+        token = lvlm.lm_head(last).argmax(-1, keepdim=True)  # (B, 1)
+        answers = torch.cat([answers, token], dim=1)
+        # not at each step: the question makes the host wait for the device
+        if step % 8 == 7 and torch.isin(answers, ends).any(1).all():
             break
         cache.position = (lengths + step)[:, None]
         position = (next_position + step)[:, None]
-        last = lvlm.decoder(lvlm.decoder.embed_tokens(token[:, None]), position, cache)[:, 0]
-    answers = torch.stack(tokens, dim=1).tolist()
-    return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
+        last = lvlm.decoder(lvlm.decoder.embed_tokens(token), position, cache)[:, 0]
+    ends = lvlm.config.end_tokens
+    return [list(takewhile(lambda token: token not in ends, row)) for row in answers.tolist()]
 
 
 # ----------------------------------------------------------------------------- loading weights
@@ -626,10 +612,7 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem:
 
 
 def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
-    """The LVLM in a model folder, frozen, on one device in one dtype.
-
-    dtype None: bfloat16 on CUDA and for more than 3 billion parameters, float32 otherwise.
-    """
+    """The LVLM in a model folder, frozen. dtype None: float32, or bfloat16 if large or on CUDA."""
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)

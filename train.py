@@ -5,9 +5,8 @@
     torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...  # the same gradient
     python train.py --out runs/mine --resume  # goes on after a stop
 
-Writes OUT/adapter.safetensors, config.json, metrics.jsonl, bad_rows.txt, scores.json, report.png
-and OUT/checkpoints. Not here: losses (vladva.py), metrics (eval.py), the paper's ablation and the
-memory of a run at full size (extras/ablation.py, extras/plan.py).
+Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, checkpoints.
+Not here: losses (vladva.py), metrics (eval.py), the ablation (extras).
 """
 
 import argparse
@@ -128,8 +127,7 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
     with stoppable(out) as received, metrics, bar:
         for step, batch in enumerate(step_loader(model, rows, config, done + 1), start=done + 1):
             line = run_step(model, batch, optimizer, step, config)
-            measured = len(held_out) > 1 and step % (config.eval_every or config.steps) == 0
-            if measured and step < config.steps:
+            if config.eval_every and step % config.eval_every == 0 and len(held_out) > 1:
                 with torch.compiler.set_stance("force_eager"):  # a cache is a graph for each block
                     line["held_out"] = held_out.measure(model).scores
             metrics.write(json.dumps(line) + "\n")
@@ -185,15 +183,11 @@ def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config) -> 
     grad_norm = nn.utils.clip_grad_norm_(model.trained_parameters().values(), config.max_grad_norm)
     optimizer.step()
     loss = contrastive + model.config.next_token_weight * next_token
-    losses = {"loss": loss, "contrastive": contrastive, "next_token": next_token}
-    return losses | {"grad_norm": grad_norm}
+    return dict(loss=loss, contrastive=contrastive, next_token=next_token, grad_norm=grad_norm)
 
 
 def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tuple[Tensor, Tensor]:
-    """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
-
-    It is that of `model(batch).backward()` for the whole batch of all processes.
-    """
+    """The gradient of `model(batch).backward()` for the batch of all processes; (Eq. 1, Eq. 2)."""
     device = model.lvlm.device
     # Eq. 1 needs all embeddings at once, but its gradient reaches the model through them alone: the
     # chain rule may be cut there (gradient caching, Gao et al., 2021, arXiv 2101.06983). With
@@ -357,14 +351,13 @@ def ignore_signals(worker: int) -> None:
 
 def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[StepBatch]:
     """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
-    steps = Steps(model, rows, config)
-    numbers = range(first_step, config.steps + 1)
-    if not config.num_workers:
-        return map(steps.__getitem__, numbers)
     # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
-    options = {"worker_init_fn": ignore_signals, "collate_fn": pickle.dumps, "prefetch_factor": 1}
-    options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
-    return map(pickle.loads, DataLoader(steps, batch_size=None, sampler=numbers, **options))
+    options = {"batch_size": None, "collate_fn": pickle.dumps}
+    if config.num_workers:
+        options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
+        options |= {"worker_init_fn": ignore_signals, "prefetch_factor": 1}
+    numbers = range(first_step, config.steps + 1)
+    return map(pickle.loads, DataLoader(Steps(model, rows, config), sampler=numbers, **options))
 
 
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:

@@ -84,10 +84,10 @@ def contrastive_loss(image_emb: Tensor, text_emb: Tensor, temperature: float | T
 def next_token_loss(
     hidden_states: Tensor, targets: Tensor, head_weight: Tensor, total: int | None = None
 ) -> Tensor:
-    """-mean log p(u_i | x_v, x_p, u_<i) over caption tokens (paper, Eq. 2; the mean is ours).
+    """-mean log p(u_i | x_v, x_p, u_<i) over caption tokens (paper, Eq. 2; the mean is ours), 0-d.
 
     hidden_states: (M, D), those that predict; targets: (M,) token ids; head_weight: (V, D); total:
-    the tokens of the whole batch, when this is a part of it. Returns a 0-d loss in nats per token.
+    the tokens of the whole batch, when this is a part of it.
     """
     total = len(targets) if total is None else total
     if total == 0:
@@ -475,9 +475,8 @@ class VladVA(nn.Module):
         if self.config.loss not in LOSSES:
             tensors = {k: t for k, t in tensors.items() if not k.startswith("loss_parameters.")}
         check_shapes(tensors, parameters, f"{source} does not fit {self.name}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+        for name, tensor in tensors.items():
+            parameters[name].data.copy_(tensor)
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:

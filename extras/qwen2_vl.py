@@ -48,7 +48,8 @@ class Qwen2VLVisionConfig:
     def __post_init__(self):
         # half of a head turns with the row, half with the column, each by pairs of channels
         if self.embed_dim % (4 * self.num_heads) or self.token_side > 1000:
-            raise ValueError(f"config.json: embed_dim is no multiple of 4 num_heads in {self}")
+            problem = f"embed_dim {self.embed_dim}, no multiple of 4 num_heads, or huge patches"
+            raise ValueError(f"config.json: {problem} in {self}")
 
     # pixels a side of an image token
     @property
