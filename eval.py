@@ -15,6 +15,7 @@ import argparse
 import functools
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -338,21 +339,21 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
 # ---------------------------------------------------------------------------------- embeddings
 
 
-# encode(items) on the host, (B, D): each process encodes its share, all get all rows.
-def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
-    rank, world_size = rank_and_world_size()
-    share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
-    rows, _ = data.all_gather_rows(encode(Subset(items, share)))
-    return rows.cpu()
-
-
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
-    """(image_emb, text_emb) of a benchmark by a model, in all processes."""
-    image_emb = encode_over_ranks(model.encode_image, benchmark.images)
-    return image_emb, encode_over_ranks(model.encode_text, benchmark.texts)
+    """(image_emb, text_emb) of a benchmark, on the host; each process encodes its share."""
+    rank, world_size = rank_and_world_size()
+    embeddings = []
+    for encode, items in (
+        (model.encode_image, benchmark.images),
+        (model.encode_text, benchmark.texts),
+    ):
+        share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
+        rows, _ = data.all_gather_rows(encode(Subset(items, share)))
+        embeddings.append(rows.cpu())
+    return embeddings[0], embeddings[1]
 
 
-# --------------------------------------------------------------- rows kept out of training
+# ------------------------------------------------- rows left out of training, for good or bad
 
 
 @dataclass(frozen=True)
@@ -383,7 +384,43 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
     return loss / tokens
 
 
-def hold_out(pairs: data.Pairs, count: int, bad_rows: data.BadRows) -> list[dict]:
+class BadRows:
+    """Rows that cannot be used, named once; all processes hold the list, the first one prints."""
+
+    def __init__(self):
+        self.path = os.devnull
+        self.messages = []
+        self.rows_tried = 0  # by hold_out, before training
+
+    # List them in a file from now on, behind those of a run that was interrupted
+    def write_to(self, path: Path) -> None:
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.messages = list(dict.fromkeys(before + self.messages))
+        if self.messages and rank_and_world_size()[0] == 0:
+            data.write_text(path, "\n".join([*self.messages, ""]))
+        self.path = path if rank_and_world_size()[0] == 0 else os.devnull
+
+    def add(self, messages: list[str]) -> None:
+        """Name and list those that are new."""
+        for message in messages:
+            # one line of text: names of files may hold bytes that are none
+            line = " ".join(message.split())[:500].encode(errors="backslashreplace").decode()
+            if line not in self.messages:
+                self.messages.append(line)
+                say(f"left out: {line}", file=sys.stderr)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+
+    # What ends a run, or None; rows_seen: beside those that hold_out tried.
+    def problem(self, rows_seen: int) -> str | None:
+        count = len(self.messages)
+        rows_seen += self.rows_tried
+        if count <= max(3, rows_seen / 100):
+            return None
+        return f"{count} of {rows_seen} rows cannot be used; the last: {self.messages[-1]}"
+
+
+def hold_out(pairs: data.Pairs, count: int, bad_rows: BadRows) -> list[dict]:
     """Take up to `count` random rows with short captions out of the file's; images as paths."""
     rows = {}
     # a file may have 8 million rows and no short caption: not all of them are tried
@@ -431,7 +468,7 @@ class HeldOutPairs:
         return Measured(scores, similarity(image_emb, text_emb), caption_loss)
 
 
-def open_data(config: typing.Any, model: VladVA, bad_rows: data.BadRows) -> tuple:
+def open_data(config: typing.Any, model: VladVA, bad_rows: BadRows) -> tuple:
     """(rows to train on, what is held out), of scenes or a pairs file. config: TrainConfig."""
     if config.data == "scenes":
         from extras import scenes

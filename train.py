@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 from data import flag, rank_and_world_size, say, write_json
-from eval import HeldOutPairs, open_data, report
+from eval import BadRows, HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
 
@@ -89,7 +89,7 @@ def train(
     model.attach(config.seed)
     if method.loss not in LOSSES:
         raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
-    bad_rows = data.BadRows()
+    bad_rows = BadRows()
     rows, held_out = (open_rows or open_data)(config, model, bad_rows)
     # nothing is written before all that was asked for is known to be possible
     config = resolve(config, model, rows)

@@ -28,18 +28,7 @@ from torch import Tensor, nn
 import data
 from data import flag
 from lora import attach_lora, lora_disabled
-from model import (
-    DTYPES,
-    LVLM,
-    KVCache,
-    check_shapes,
-    from_json,
-    generate,
-    load_lvlm,
-    parse_json,
-    read_json,
-    read_tensors,
-)
+from model import DTYPES, LVLM, KVCache, check_shapes, from_json, generate, load_lvlm
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -193,9 +182,10 @@ class VladVA(nn.Module):
         folder = data.model_folder(name)
         merged = folder / "vladva.json"  # of a folder that extras/export.py wrote
         if adapter is not None:
-            tensors, config = read_adapter(adapter)
+            tensors, raw = data.read_adapter(adapter)
+            config = from_json(VladVAConfig, raw, f"{adapter}/adapter.safetensors")
         elif config is None and merged.exists():
-            config = from_json(VladVAConfig, read_json(merged).get("config"), str(merged))
+            config = from_json(VladVAConfig, data.read_json(merged).get("config"), str(merged))
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype)
         tokenizer = data.Tokenizer(folder, lvlm.config)
@@ -477,22 +467,6 @@ class VladVA(nn.Module):
         check_shapes(tensors, parameters, f"{source} does not fit {self.name}")
         for name, tensor in tensors.items():
             parameters[name].data.copy_(tensor)
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """Tensors and config of a run's adapter.safetensors, or of a folder in peft's format."""
-    path = Path(folder) / "adapter.safetensors"
-    if not path.exists() and (path.parent / "adapter_config.json").exists():
-        from extras.export import read_peft_adapter
-
-        return read_peft_adapter(folder)
-    if not path.exists():
-        raise ValueError(f"{path} not found: --adapter wants a training run's folder, or peft's")
-    tensors, metadata = read_tensors(path)
-    if "adapter" not in metadata:
-        raise ValueError(f"{path} carries no config: it was not written by this project")
-    about = parse_json(metadata["adapter"], path)
-    return tensors, from_json(VladVAConfig, about.get("config"), str(path))
 
 
 def load_model(args: argparse.Namespace) -> VladVA:

@@ -207,7 +207,7 @@ def save_peft_adapter(model: VladVA, embeddings: dict[int, Tensor], folder: Path
 
 
 def read_peft_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """For vladva.read_adapter: tensors and config of an adapter in peft's format.
+    """For data.read_adapter: tensors and config of an adapter in peft's format.
 
     One that save_peft_adapter wrote comes back bit for bit. Another brings LoRA alone and gets the
     paper's hand prompts; load_adapter_state refuses it if it is more than LoRA on our layers.

@@ -103,7 +103,7 @@ def testbed(model: VladVA, args: argparse.Namespace) -> tuple[list, list[str]]:
             pairs.append((scenes.render(scene, size), str(caption)))
     else:
         rows = data.Pairs(args.data, model.tokenizer)
-        for row in benchmarks.hold_out(rows, args.items, data.BadRows()):
+        for row in benchmarks.hold_out(rows, args.items, benchmarks.BadRows()):
             pairs.append((row["image"], row["short"][0]))
     if len(pairs) < 2:
         raise ValueError(f"{args.data} gives {len(pairs)} captioned rows: at least 2 are needed")

@@ -12,7 +12,7 @@ DOORS = {  # the functions that reach into extras when they are called
     "eval.open_data",  # the rendered scenes
     "eval.main",  # embeddings of other systems
     "eval.report",  # the picture of a run
-    "vladva.read_adapter",  # an adapter in peft's format
+    "data.read_adapter",  # an adapter in peft's format
 }
 
 

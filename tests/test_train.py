@@ -577,7 +577,7 @@ def test_a_tenth_of_the_rows_is_held_out(random_folder, pairs):
     model = VladVA.from_pretrained(random_folder)
     for holdout, count in ((None, 2), (6, 6), (0, 0)):
         config = TrainConfig(data=str(pairs), holdout=holdout)
-        rows, held_out = benchmarks.open_data(config, model, data.BadRows())
+        rows, held_out = benchmarks.open_data(config, model, benchmarks.BadRows())
         assert len(held_out) == count
         assert len(rows) == 24 - count
 
@@ -907,7 +907,7 @@ def test_two_ranks_equal_one_process(random_folder, tmp_path):
     """
     path = write_pairs(tmp_path)
     rows = data.Pairs(path, VladVA.from_pretrained(random_folder).tokenizer)
-    for row in [*benchmarks.hold_out(rows, 2, data.BadRows()), rows.parse(0)]:
+    for row in [*benchmarks.hold_out(rows, 2, benchmarks.BadRows()), rows.parse(0)]:
         row["image"].write_bytes(row["image"].read_bytes()[:60])
     flags = ["--model", random_folder, "--data", path, "--holdout", 4, "--steps", 3]
     flags += ["--batch-size", 9, "--lora-rank", 4, "--learn-temperature", "--save-every", 2]
