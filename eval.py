@@ -142,13 +142,14 @@ def category_scores(items: dict, groups: dict, image_emb: Tensor, text_emb: Tens
     """
     scores = {}
     for category, rows in items.items():
-        image, *texts = torch.tensor(rows).T
-        image, *texts = image_emb[image], *(text_emb[text] for text in texts)  # (n, D) each
+        index = torch.tensor(rows).T
+        image = image_emb[index[0]]  # (n, D)
+        texts = text_emb[index[1:]]  # (2 or 3, n, D)
         if len(texts) == 3:
             for name, value in paraphrase_accuracy(image, *texts).items():
                 scores[f"{category} {name}"] = value
         else:
-            true, false = ((image * text).sum(-1) for text in texts)
+            true, false = (image * texts).sum(-1)
             scores[category] = negative_accuracy(true, false)
     # the plain means, however many items a category has
     for group, categories in groups.items():
@@ -278,8 +279,8 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
             texts.append(clean_text(row[f"caption_{index}"], args))
 
     def score(image_emb: Tensor, text_emb: Tensor) -> dict:
-        images, texts = image_emb.unflatten(0, (-1, 2)), text_emb.unflatten(0, (-1, 2))
-        return winoground_scores(images @ texts.transpose(1, 2))  # (items, 2, 2)
+        sim = image_emb.unflatten(0, (-1, 2)) @ text_emb.unflatten(0, (-1, 2)).transpose(1, 2)
+        return winoground_scores(sim)  # (items, 2, 2)
 
     return Benchmark(images, texts, score, {"items": len(images) // 2})
 
@@ -497,9 +498,7 @@ def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured)
     """Print the table before / after; write OUT/scores.json, which is returned, and report.png."""
     columns = {"before": before, "after": after}
     say(score_table(columns, held_out.chance))
-    scores = {}
-    for name, measured in columns.items():
-        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
+    scores = {k: {"scores": m.scores, "caption_loss": m.caption_loss} for k, m in columns.items()}
     if rank_and_world_size()[0] == 0:
         from extras.plots import draw_report
 
@@ -538,7 +537,8 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
     printed = paper_tables().get(task, {}).get(name, {})
     rows = []
     for key in scores | printed:
-        ours, theirs = scores.get(key), printed.get(key)
+        ours = scores.get(key)
+        theirs = printed.get(key)
         both = None if ours is None or theirs is None else ours - theirs
         values = [format_score(ours), format_score(theirs), format_score(both, "+")]
         rows.append([key.replace("_", " "), *values])

@@ -443,9 +443,8 @@ def load_checkpoint(out: Path, model: VladVA, optimizer: AdamW) -> int:
     # all shapes first: a wrong one in AdamW's state would crash its kernel
     wanted = {}
     for name, p in model.trained_parameters().items():
+        wanted |= {f"{name}.{kind}": p for kind in ("value", "exp_avg", "exp_avg_sq")}
         wanted[f"{name}.step"] = torch.zeros(())
-        for kind in ("value", "exp_avg", "exp_avg_sq"):
-            wanted[f"{name}.{kind}"] = p
     check_shapes(tensors, wanted, f"{path} does not fit this run")
     for name, p in model.trained_parameters().items():
         p.data.copy_(tensors[f"{name}.value"])
