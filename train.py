@@ -55,13 +55,14 @@ class TrainConfig:
     epochs: float | None = flag(None, "passes over the data (default: as --steps says)", low=0)
     # second-hand notes on the paper: 1024
     batch_size: int = flag(64, "rows of a step, over all processes", low=2)
-    micro_batch_size: int | None = flag(None, "rows of a forward (default: 16; 8 on cuda)", low=1)
+    micro_batch_size: int | None = flag(None, "rows of a forward (default: 4, 8 or 16)", low=1)
     gradient_caching: bool | None = flag(None, "two forwards, less memory (default: large models)")
-    gradient_checkpointing: bool | None = flag(None, "recompute to save memory (default: on cuda)")
+    gradient_checkpointing: bool | None = flag(None, "recompute, less memory (default: small GPUs)")
     compile: bool = flag(False, "torch.compile every decoder block")
+    deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
     lr: float | None = flag(None, "LoRA's peak rate (default: 2e-4 x 4096 / decoder width)", low=0)
-    soft_prompt_lr: float | None = flag(None, "soft prompts' peak rate (default: 4 x lr)", low=0)
+    soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
@@ -84,6 +85,9 @@ def train(
     config: TrainConfig, method: VladVAConfig, resume: bool = False, open_rows: Callable = None
 ) -> dict:
     """Measure, adapt, measure again; returns what scores.json holds. open_rows: as open_data."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+    torch.use_deterministic_algorithms(config.deterministic)
     device = data.init_distributed(config.device)
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
     model.attach(config.seed)
@@ -161,7 +165,12 @@ def run_step(model: VladVA, batch: "StepBatch", optimizer: AdamW, step: int, con
     start = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_scale(step, config)
-    losses = train_step(model, batch.micro_batches, optimizer, config)
+    try:
+        losses = train_step(model, batch.micro_batches, optimizer, config)
+    except torch.OutOfMemoryError as error:
+        problem = f"step {step}: {str(error).split(' GPU ')[0]} --micro-batch-size is"
+        remedies = "try half of it, --gradient-caching, or --gradient-checkpointing"
+        raise ValueError(f"{problem} {config.micro_batch_size}: {remedies}") from None
     line = {"step": step} | {name: value.item() for name, value in losses.items()}
     line["lr"] = optimizer.param_groups[0]["lr"]
     line["step_s"] = time.perf_counter() - start
@@ -360,6 +369,13 @@ def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Ite
     return map(pickle.loads, DataLoader(Steps(model, rows, config), sampler=numbers, **options))
 
 
+def cuda_mode(memory: float) -> dict:
+    """The settings by a card's bytes: with the least arithmetic of those that fit 7B."""
+    if memory > 75e9:  # extras/plan.py counts both
+        return {"micro_batch_size": 4, "gradient_checkpointing": False}
+    return {"micro_batch_size": 8, "gradient_checkpointing": True}
+
+
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
@@ -379,13 +395,15 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
     settings = {
         "out": f"runs/{Path(config.model).name}",
         "steps": steps,
-        "micro_batch_size": min(-(-batch_size // world_size), 8 if cuda else 16),
+        "micro_batch_size": 16,
         "gradient_caching": sum(p.numel() for p in model.parameters()) > 100e6,
-        "gradient_checkpointing": cuda,
+        "gradient_checkpointing": False,
         "lr": lr,
         "soft_prompt_lr": 4 * lr,
         "num_workers": min(8, cores) if cuda else 0,
     }
+    if cuda:
+        settings |= cuda_mode(torch.cuda.get_device_properties(model.lvlm.device).total_memory)
     # what was asked for comes first; a run that goes on finds steps here, and no epochs
     settings |= {name: value for name, value in vars(config).items() if value is not None}
     settings |= {"batch_size": batch_size, "epochs": None, "device": str(model.lvlm.device)}

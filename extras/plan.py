@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from data import Batch, TrainingBatch
 from model import LVLM, DecoderConfig, LVLMConfig, VisionConfig
-from train import HEAD_CHUNK, TrainConfig, backward
+from train import HEAD_CHUNK, TrainConfig, backward, cuda_mode
 from vladva import VladVA, VladVAConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
@@ -32,8 +32,16 @@ IMAGE_TEMPLATE, DETAIL_TEMPLATE, TEXT_TEMPLATE, PROMPT = 21, 15, 19, 10
 SHORT, LONG, LONGEST = 12, 200, 500  # tokens of captions: assumed means, and the paper's limit
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 USABLE = 0.95  # of a card's memory; the rest is room for CUDA itself and the allocator's holes
-ALL_KEPT = TrainConfig(gradient_caching=True, gradient_checkpointing=False)
-CUDA_DEFAULT = TrainConfig(gradient_caching=True, gradient_checkpointing=True, micro_batch_size=8)
+CAUSAL_BLOCK = 128  # FlashAttention leaves out blocks of so many tokens that the mask hides
+
+
+def default_mode(memory: float) -> TrainConfig:
+    """How train.py trains 7B and 13B on a card of so many bytes, unless a flag says otherwise."""
+    return TrainConfig(gradient_caching=True, **cuda_mode(memory))
+
+
+ALL_KEPT = default_mode(CARDS["80 GB"])
+CUDA_DEFAULT = default_mode(CARDS["24 GB"])
 
 
 def meta_model(decoder: DecoderConfig) -> VladVA:
@@ -71,11 +79,14 @@ def meta_sequences(count: int, prefix: int, image: int, question: int, caption: 
 
 
 def step_flops(model: VladVA, micro_batches: list[TrainingBatch], config: TrainConfig) -> int:
-    """Operations of one step, counted by torch; it counts what the causal mask skips as well."""
+    """Operations of one step, counted by torch, without what a fused kernel's causal mask skips."""
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
     with FlopCounterMode(display=False) as counter:
         backward(model, micro_batches, config.gradient_caching)
-    return counter.get_total_flops()
+    scores = counter.get_flop_counts()["Decoder"][torch.ops.aten.bmm]
+    # of the shortest image sequence: longer ones skip more
+    skipped = (1 - CAUSAL_BLOCK / micro_batches[0].images.prefix_width) / 2
+    return counter.get_total_flops() - int(scores * skipped)
 
 
 def activation_bytes(config: DecoderConfig, num_tokens: int, checkpointing: bool, itemsize: int):
@@ -90,13 +101,25 @@ def activation_bytes(config: DecoderConfig, num_tokens: int, checkpointing: bool
     return numbers * num_tokens * itemsize
 
 
-def step_bytes(model: VladVA, batch: TrainingBatch, config: TrainConfig) -> dict[str, int]:
+def weight_bytes(model: VladVA, num_cards: int) -> float:
+    """Frozen weights on one of the cards that share them (--shard), or on one alone."""
+    blocks = model.lvlm.decoder.layers
+    sharded = sum(p.nbytes for p in blocks.parameters() if not p.requires_grad)
+    whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad) - sharded
+    # with others, the block that runs and the next one are whole for their time
+    gathered = 2 * sharded / len(blocks) if num_cards > 1 else 0
+    return whole + sharded / num_cards + gathered
+
+
+def step_bytes(
+    model: VladVA, batch: TrainingBatch, config: TrainConfig, num_cards: int = 1
+) -> dict[str, float]:
     """Memory of a step with gradient caching whose largest micro-batch is `batch`, by purpose."""
     decoder, itemsize = model.lvlm.config.decoder, model.lvlm.dtype.itemsize
     graph = (batch.num_tokens, config.gradient_checkpointing, itemsize)
     rows = min(HEAD_CHUNK, len(batch.caption_targets))
     return {
-        "weights": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        "weights": weight_bytes(model, num_cards),
         "adapter": 4 * sum(p.nbytes for p in model.trained_parameters().values()),
         "activations": activation_bytes(decoder, *graph),
         # they and their gradient, in the model's dtype; they, softmax and gradient in float32
@@ -104,10 +127,10 @@ def step_bytes(model: VladVA, batch: TrainingBatch, config: TrainConfig) -> dict
     }
 
 
-def largest_micro_batch(model: VladVA, memory: float, config: TrainConfig) -> int:
+def largest_micro_batch(model: VladVA, memory: float, config: TrainConfig, num_cards: int) -> int:
     """Pairs with the longest captions that fit together into a card's memory, at most 256."""
     for count in range(1, 257):
-        needed = step_bytes(model, meta_batch(model, count, LONGEST), config)
+        needed = step_bytes(model, meta_batch(model, count, LONGEST), config, num_cards)
         if sum(needed.values()) > memory * USABLE:
             return count - 1
     return 256
@@ -134,22 +157,27 @@ def size_rows(model: VladVA) -> dict[str, str]:
         rows[label] = gigabytes(step_bytes(model, batch, config)["activations"])
     steps = {
         "arithmetic of a pair": replace(ALL_KEPT, gradient_caching=False),
-        "... with gradient checkpointing and caching": CUDA_DEFAULT,
+        "... on 80 GB cards: gradient caching": ALL_KEPT,
+        "... on smaller ones: gradient caching and checkpointing": CUDA_DEFAULT,
     }
     for label, config in steps.items():
         flops = step_flops(model, [mean], config)
         rows[label] = f"{flops / 1e12:.1f} TFLOP"
-    rows["8.1 million of these, at 100 TFLOPS"] = f"{8.1e6 * flops / 100e12 / 86400:.0f} days"
+        if config is ALL_KEPT:
+            days = 8.1e6 * flops / 100e12 / 86400
+    rows["8.1 million pairs on 80 GB cards, at 100 TFLOPS"] = f"{days:.0f} days"
     return rows
 
 
-def card_row(model: VladVA, memory: float) -> list[str]:
-    """Room beside the default micro-batch; the largest with and without checkpointing."""
-    batch = meta_batch(model, CUDA_DEFAULT.micro_batch_size, LONGEST)
-    needed = sum(step_bytes(model, batch, CUDA_DEFAULT).values())
-    room = gigabytes(memory - needed) if needed < memory else f"none: {gigabytes(needed)} needed"
-    largest = [largest_micro_batch(model, memory, config) for config in (CUDA_DEFAULT, ALL_KEPT)]
-    return [room, *(str(count or "none") for count in largest)]
+def card_row(model: VladVA, memory: float, num_cards: int = 1) -> list[str]:
+    """The default on a card, the memory that it takes and leaves, and the largest micro-batch."""
+    config = default_mode(memory)
+    batch = meta_batch(model, config.micro_batch_size, LONGEST)
+    needed = sum(step_bytes(model, batch, config, num_cards).values())
+    mode = f"{config.micro_batch_size}{', recomputed' * config.gradient_checkpointing}"
+    room = gigabytes(memory - needed) if needed < memory else "none"
+    largest = largest_micro_batch(model, memory, config, num_cards)
+    return [mode, gigabytes(needed), room, str(largest or "none")]
 
 
 def plan() -> str:
@@ -160,8 +188,10 @@ def plan() -> str:
         columns[name] = size_rows(model)
         for card, memory in CARDS.items():
             cards.append([name, card, *card_row(model, memory)])
+        shared = card_row(model, CARDS["24 GB"], num_cards=8)
+        cards.append([name, "each of 8 x 24 GB, --shard", *shared])
     sizes = [[label, *(columns[name][label] for name in columns)] for label in columns["7B"]]
-    header = ("", "card", "room beside a micro-batch of 8", "largest", "without checkpointing")
+    header = ("", "card", "default micro-batch", "memory needed", "room", "largest micro-batch")
     return markdown([["", *columns], *sizes]) + "\n\n" + markdown([header, *cards])
 
 

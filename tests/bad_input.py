@@ -157,7 +157,7 @@ merged/vladva.json: merged
   template config.image_template
 half/config.json: resume
   count steps batch_size micro_batch_size save_every lora_rank
-  rate lr soft_prompt_lr warmup_ratio temperature next_token_weight
+  rate lr warmup_ratio temperature next_token_weight
   switch gradient_caching soft_prompts lora learn_temperature
   text model data image_prompt
 half/checkpoints/step-000001.safetensors: resume
@@ -241,7 +241,7 @@ VALUES = {  # kind of a flag: values of which none is right
 FLAGS = """
 train: input --data --model; folder --out; device --device; choice --loss --image-mode --dtype
 train: positive --steps --micro-batch-size --save-every --eval-every --lora-rank --batch-size
-train: int --seed --num-workers --holdout; float --epochs --lr --soft-prompt-lr --warmup-ratio
+train: int --seed --num-workers --holdout; float --epochs --lr --warmup-ratio
 train: float --max-grad-norm --temperature --next-token-weight; switch --nope --resume --lora
 ablation: positive --seeds --jobs; folder --out; input --data
 e5v: input --text-data --data; folder --out

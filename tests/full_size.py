@@ -1,10 +1,12 @@
-"""LLaVA-1.5 or Qwen2-VL at full size with random weights: made, loaded, trained one step. By hand.
+"""LLaVA-1.5, tiny-llava or Qwen2-VL at full size with random weights, trained. By hand.
 
-    python tests/full_size.py --model 7b  # or 13b, qwen2-vl-2b
+    python tests/full_size.py --model 7b  # or 13b, tiny-llava, qwen2-vl-2b
 
 7B takes 14 GB of disk and about 17 of memory, Qwen2-VL-2B 4.4 and about 6. Writes a bfloat16
 folder in the hub's sharded form, loads it, then runs train.py on it for a step of 2 scenes in
 micro-batches of 1; each in a process of its own, whose minutes and peak memory are printed.
+tiny-llava is written in float32, as its publisher did, and trained for 3 steps of 8 image files;
+the run is killed after the first and goes on, then 8 images and 8 texts are embedded.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from conftest import (
     HUB_CONFIGS,
     QWEN_2B,
     QWEN_PROCESSOR,
+    hub_config,
     is_norm_weight,
     write_llama_tokenizer,
     write_qwen_tokenizer,
@@ -31,6 +34,7 @@ from conftest import (
 
 import data
 from data import write_json
+from extras import scenes
 from extras.export import hub_key, save_weights
 from model import LVLM, parse_config, read_json
 
@@ -42,8 +46,29 @@ weights = sum(p.nbytes for p in lvlm.parameters()) / 1e9
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 print(f"weights {weights:.3f} GB, peak {peak:.3f} GB, {peak / weights:.4f} times the weights")
 """
-TRAIN = "--steps 1 --batch-size 2 --micro-batch-size 1 --dtype bfloat16 --device cpu --holdout 0"
-TRAIN += " --gradient-caching --gradient-checkpointing"
+EMBED = """
+import sys, torch
+from vladva import VladVA
+folder, pairs = sys.argv[1:]
+model = VladVA.from_pretrained(folder, f"{folder}/run", dtype=torch.bfloat16)
+images = model.encode_image([f"{pairs}/{i}.png" for i in range(8)])
+texts = model.encode_text([f"{word} circle" for word in "a the one red blue big any no".split()])
+lengths = torch.cat([images, texts]).norm(dim=1)
+print("embeddings", *images.shape, "and", *texts.shape, "lengths", lengths.aminmax())
+"""
+TRAIN = "--dtype bfloat16 --device cpu --holdout 0 --save-every 1 --gradient-caching"
+ONE_STEP = "--steps 1 --batch-size 2 --micro-batch-size 1 --gradient-checkpointing"
+THREE_STEPS = "--steps 3 --batch-size 8 --micro-batch-size 2"
+TINY_LLAVA = {  # the decoder of bczhou/tiny-llava-v1-hf; its tower is LLaVA-1.5's
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32064,
+}
 
 
 def llava_files(folder: Path, raw: dict) -> None:
@@ -59,20 +84,21 @@ def qwen_files(folder: Path, raw: dict) -> None:
     write_json(folder / "preprocessor_config.json", QWEN_PROCESSOR)
 
 
-MODELS = {  # name: (config.json, what writes tokenizer and preprocessor)
-    "7b": (HUB_CONFIGS["7b"], llava_files),
-    "13b": (HUB_CONFIGS["13b"], llava_files),
-    "qwen2-vl-2b": (QWEN_2B, qwen_files),
+MODELS = {  # name: (config.json, what writes tokenizer and preprocessor, dtype of the files)
+    "7b": (HUB_CONFIGS["7b"], llava_files, torch.bfloat16),
+    "13b": (HUB_CONFIGS["13b"], llava_files, torch.bfloat16),
+    "tiny-llava": (hub_config(TINY_LLAVA), llava_files, torch.float32),
+    "qwen2-vl-2b": (QWEN_2B, qwen_files, torch.bfloat16),
 }
 
 
-def make(folder: Path, raw: dict, write_files) -> None:
+def make(folder: Path, raw: dict, write_files, dtype: torch.dtype) -> None:
     """Write a folder of random weights."""
     with torch.device("meta"):
         lvlm = LVLM(parse_config(raw))
     tensors = {}
     for name, p in lvlm.named_parameters():
-        weight = torch.ones(p.shape, dtype=torch.bfloat16)
+        weight = torch.ones(p.shape, dtype=dtype)
         if not is_norm_weight(name):
             weight.normal_(std=0.02)
         tensors[hub_key(name, lvlm.config)] = weight
@@ -95,6 +121,29 @@ def measure(name: str, command: list) -> None:
     print(f"{name}: {(time.time() - start) / 60:.1f} minutes, peak {peak:.2f} GB", flush=True)
 
 
+def write_pairs(folder: Path, count: int) -> Path:
+    """Rendered scenes as image files with their captions."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for i in range(count):
+        row = scenes.scene_row(7, i)
+        row["image"].save(folder / f"{i}.png")
+        captions = {"short": row["short"], "long": row["long"]}
+        lines.append(json.dumps({"image": f"{i}.png", **captions}) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def kill_after_a_step(run: Path, command: list) -> None:
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    start = time.time()
+    while process.poll() is None and not list(run.glob("checkpoints/*.safetensors")):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    print(f"killed after {(time.time() - start) / 60:.1f} minutes", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="full_size.py", description="A model at full size.")
     parser.add_argument("--model", choices=MODELS, default="7b", help="which (default: 7b)")
@@ -113,8 +162,15 @@ def main(argv: list[str] | None = None) -> None:
             measure("make", [__file__, *flags])
         measure("load", ["-c", LOAD, args.folder])
         shutil.rmtree(run, ignore_errors=True)
-        measure("train", ["train.py", "--model", args.folder, "--out", run, *TRAIN.split()])
-        print(json.loads((run / "metrics.jsonl").read_text()))
+        command = ["train.py", "--model", args.folder, "--out", run, *TRAIN.split()]
+        if args.model == "tiny-llava":
+            pairs = write_pairs(args.folder / "pairs", 24)
+            kill_after_a_step(run, [*command, "--data", pairs, *THREE_STEPS.split()])
+            measure("resumed", ["train.py", "--out", run, "--resume", "--device", "cpu"])
+            measure("embed", ["-c", EMBED, args.folder, pairs.parent])
+        else:
+            measure("train", [*command, *ONE_STEP.split()])
+        print((run / "metrics.jsonl").read_text())
     finally:
         if not args.keep:
             shutil.rmtree(args.folder, ignore_errors=True)

@@ -122,6 +122,28 @@ def test_the_default_of_train_py_fits_7b_into_24_gb(model_7b):
     assert needed < 0.9 * 24e9
 
 
+def test_on_80_gb_nothing_is_recomputed_and_a_pair_costs_at_most_31_5_tflop(model_7b):
+    """With checkpointing it was 42; both models fit, captions of the paper's limit."""
+    config = plan.default_mode(80e9)
+    assert not config.gradient_checkpointing
+    flops = plan.step_flops(model_7b, [plan.meta_batch(model_7b, 1, plan.LONG)], config)
+    assert 30e12 < flops < 31.5e12
+    for model in (model_7b, plan.meta_model(plan.DECODERS["13B"])):
+        batch = plan.meta_batch(model, config.micro_batch_size, plan.LONGEST)
+        assert sum(plan.step_bytes(model, batch, config).values()) < plan.USABLE * 80e9
+
+
+def test_13b_fits_24_gb_cards_if_eight_share_its_blocks():
+    """All that is frozen and in no block stays whole, and two blocks are gathered at a time."""
+    model = plan.meta_model(plan.DECODERS["13B"])
+    block = sum(p.nbytes for p in model.lvlm.decoder.layers[0].parameters() if not p.requires_grad)
+    rest = plan.weight_bytes(model, 1) - 40 * block
+    assert plan.weight_bytes(model, 8) == rest + 5 * block + 2 * block
+    config = plan.default_mode(24e9)
+    batch = plan.meta_batch(model, config.micro_batch_size, plan.LONGEST)
+    assert sum(plan.step_bytes(model, batch, config, num_cards=8).values()) < 0.7 * 24e9
+
+
 def test_the_page_shows_the_plan(model_7b):
     """Of 7B; its arithmetic takes longer to count, and is compared above."""
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -628,6 +628,12 @@ def test_what_is_not_set_is_decided_from_model_and_device():
     assert undecided == {"epochs", "holdout", "eval_every"}
 
 
+def test_a_large_card_recomputes_nothing_and_a_small_one_does():
+    """Recomputing costs a third more arithmetic; test_plan.py counts what fits."""
+    for memory, mode in ((24e9, (8, True)), (48e9, (8, True)), (80e9, (4, False))):
+        assert tuple(training.cuda_mode(memory).values()) == mode
+
+
 BAD_REQUESTS = [
     (["--model", "nowhere"], "no model 'nowhere'"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl not found"),
@@ -894,6 +900,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpo
     assert f"the last checkpoint is {out / 'checkpoints' / 'step-000001'}.safetensors" in err
     assert err.count("\n") == 1
     assert not (out / "adapter.safetensors").exists()
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_try(
+    random_folder, pairs, tmp_path, monkeypatch, capsys
+):
+    """What CUDA says fills a screen."""
+    cuda_message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity ..."
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError(cuda_message)
+
+    monkeypatch.setattr(training, "train_step", full)
+    with pytest.raises(SystemExit) as stopped:
+        run(random_folder, pairs, tmp_path / "run")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert err.startswith("error: step 1: CUDA out of memory. Tried to allocate 2.00 GiB. --micro-")
+    assert "--micro-batch-size is 4: try half of it, --gradient-caching, or" in err
+    assert "there is no checkpoint" in err
+    assert err.count("\n") == 1
+
+
+def test_deterministic_asks_torch_for_it_and_the_next_run_does_not(
+    random_folder, pairs, tmp_path, monkeypatch
+):
+    train_step = training.train_step
+    asked = []
+
+    def noted(*arguments):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return train_step(*arguments)
+
+    monkeypatch.setattr(training, "train_step", noted)
+    for flag in ("--deterministic", "--no-deterministic"):
+        run(random_folder, pairs, tmp_path / flag, flag, "--steps", 1)
+    assert asked == [True, False]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 # --------------------------------------------------------------------- many devices, full size
