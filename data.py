@@ -457,7 +457,7 @@ class BadRows:
 
     # List them in a file from now on, behind those of a run that was interrupted
     def write_to(self, path: Path) -> None:
-        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        before = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         self.messages = list(dict.fromkeys(before + self.messages))
         if self.messages and rank_and_world_size()[0] == 0:
             write_text(path, "\n".join([*self.messages, ""]))
@@ -522,7 +522,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def init_distributed(name: str | None) -> str:
     """The device of that name (None: CUDA, or else the CPU), after joining torchrun's processes."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name is None else name)
         if "LOCAL_RANK" in os.environ and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device).item()  # refuses "meta" too

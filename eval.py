@@ -269,7 +269,7 @@ def read_hard_negatives(folder: Folder, args: argparse.Namespace) -> Benchmark:
 def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
     images = []
     texts = []
-    for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in folder.file("examples.jsonl").read_bytes().splitlines():
         row = parse_json(line, f"{folder.root}/examples.jsonl")
         for index in (0, 1):
             name = row[f"image_{index}"]
@@ -286,6 +286,10 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
 # Class names stand in the order of the sorted WordNet ids.
 def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
     classes = read_json(args.classes)
+    for key in ("classnames", "templates"):
+        texts = classes.get(key)
+        if not isinstance(texts, list) or {*map(type, texts)} != {str}:
+            raise ValueError(f"{args.classes}: {key} is {texts!r:.99}, wanted a list of texts")
     names = classes["classnames"]
     templates = ["a photo of a {}."] if args.templates == "one" else classes["templates"]
     root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
@@ -348,8 +352,9 @@ def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
 
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
     """(image_emb, text_emb) of a benchmark by a model, in all processes."""
-    image_emb = encode_over_ranks(model.encode_image, benchmark.images)
-    return image_emb, encode_over_ranks(model.encode_text, benchmark.texts)
+    # the texts first: one that cannot be used is refused before hours of work on the images
+    text_emb = encode_over_ranks(model.encode_text, benchmark.texts)
+    return encode_over_ranks(model.encode_image, benchmark.images), text_emb
 
 
 # --------------------------------------------------------------- rows kept out of training
@@ -511,9 +516,16 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
 
 # The paper's tables, and behind each the results of earlier runs (--json files).
 def print_paper(files: list[str]) -> None:
-    results = [read_json(file) for file in files]
+    results = []
+    for file in files:
+        run = {"paper_row": None} | read_json(file)
+        scores = run.get("scores")
+        numbers = isinstance(scores, dict) and {*map(type, scores.values())} <= {int, float}
+        if not numbers or run.get("task") not in [*paper_tables()]:
+            raise ValueError(f"{file}: wanted what --json wrote of a task that the paper has")
+        results.append(run)
     for task, table in paper_tables().items():
-        ours = {run["paper_row"]: run["scores"] for run in results if run["task"] == task}
+        ours = {str(run["paper_row"]): run["scores"] for run in results if run["task"] == task}
         keys = list(next(iter(table.values())))
         rows = []
         for name, printed in table.items():
@@ -555,7 +567,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.task == "paper":
         return print_paper(args.files)
     name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
-    if args.row and args.row not in paper_tables().get(args.task, {}):
+    if args.row is not None and args.row not in paper_tables().get(args.task, {}):
         raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
     if args.captions is not None and args.captions < 0:
         raise ValueError(f"--captions is {args.captions}: wanted 0 (all) or more")
@@ -568,7 +580,11 @@ def main(argv: list[str] | None = None) -> dict | None:
         # what cannot be written is refused before the work, not after it
         for path in filter(None, (args.json, args.save_embeddings)):
             open(path, "ab").close()
-        image_emb, text_emb = embed_benchmark(model, benchmark)
+        try:
+            image_emb, text_emb = embed_benchmark(model, benchmark)
+        except ValueError as error:
+            texts = f" or {args.classes}" if args.task == "imagenet" else ""
+            raise ValueError(f"{args.folder}{texts}: {error}") from None
     scores = benchmark.score(image_emb, text_emb)
     say(comparison_table(args.task, scores, name))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())
