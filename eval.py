@@ -271,7 +271,7 @@ def read_hard_negatives(folder: Folder, args: argparse.Namespace) -> Benchmark:
 def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
     images = []
     texts = []
-    for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in folder.file("examples.jsonl").read_bytes().splitlines():
         row = parse_json(line, f"{folder.root}/examples.jsonl")
         for index in (0, 1):
             name = row[f"image_{index}"]
@@ -288,6 +288,8 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
 # Class names stand in the order of the sorted WordNet ids.
 def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
     classes = read_json(args.classes)
+    if not isinstance(classes.get("templates"), list):
+        raise ValueError(f"{args.classes}: wanted lists of classnames and templates")
     names = classes["classnames"]
     templates = ["a photo of a {}."] if args.templates == "one" else classes["templates"]
     root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
@@ -318,7 +320,7 @@ BENCHMARKS = {  # task: its reader, and where its files are published
     "sugarcrepe": (read_hard_negatives, "github.com/RAIVNLab/sugar-crepe; images: cocodataset.org"),
     "sugarcrepe_pp": (read_hard_negatives, "github.com/Sri-Harsha/scpp; images: cocodataset.org"),
     "winoground": (read_winoground, "huggingface.co/datasets/facebook/winoground"),
-    "imagenet": (read_imagenet, "image-net.org"),
+    "imagenet": (read_imagenet, "image-net.org; class names: --classes"),
 }
 
 
@@ -344,14 +346,13 @@ def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor
     """(image_emb, text_emb) of a benchmark, on the host; each process encodes its share."""
     rank, world_size = rank_and_world_size()
     embeddings = []
-    for encode, items in (
-        (model.encode_image, benchmark.images),
-        (model.encode_text, benchmark.texts),
-    ):
+    # the texts first: one that cannot be used is refused before hours of work on the images
+    jobs = [(model.encode_text, benchmark.texts), (model.encode_image, benchmark.images)]
+    for encode, items in jobs:
         share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
         rows, _ = data.all_gather_rows(encode(Subset(items, share)))
         embeddings.append(rows.cpu())
-    return embeddings[0], embeddings[1]
+    return embeddings[1], embeddings[0]
 
 
 # ------------------------------------------------- rows left out of training, for good or bad
@@ -395,7 +396,7 @@ class BadRows:
 
     # List them in a file from now on, behind those of a run that was interrupted
     def write_to(self, path: Path) -> None:
-        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        before = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         self.messages = list(dict.fromkeys(before + self.messages))
         if self.messages and rank_and_world_size()[0] == 0:
             data.write_text(path, "\n".join([*self.messages, ""]))
@@ -548,9 +549,16 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
 
 # The paper's tables, and behind each the results of earlier runs (--json files).
 def print_paper(files: list[str]) -> None:
-    results = [read_json(file) for file in files]
+    results = {task: {} for task in paper_tables()}
+    for file in files:
+        run = read_json(file)
+        try:
+            scores = {name: float(value) for name, value in run["scores"].items()}
+            results[run["task"]][run["paper_row"]] = scores
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is not what --json wrote ({error!r:.99})") from None
     for task, table in paper_tables().items():
-        ours = {run["paper_row"]: run["scores"] for run in results if run["task"] == task}
+        ours = results[task]
         keys = list(next(iter(table.values())))
         rows = []
         for name, printed in table.items():
@@ -592,7 +600,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.task == "paper":
         return print_paper(args.files)
     name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
-    if args.row and args.row not in paper_tables().get(args.task, {}):
+    if args.row is not None and args.row not in paper_tables().get(args.task, {}):
         raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
     if args.captions is not None and args.captions < 0:
         raise ValueError(f"--captions is {args.captions}: wanted 0 (all) or more")
@@ -605,7 +613,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         # what cannot be written is refused before the work, not after it
         for path in filter(None, (args.json, args.save_embeddings)):
             open(path, "ab").close()
-        image_emb, text_emb = embed_benchmark(model, benchmark)
+        try:
+            image_emb, text_emb = embed_benchmark(model, benchmark)
+        except ValueError as error:
+            raise ValueError(f"--folder {args.folder}, --classes: {error}") from None
     scores = benchmark.score(image_emb, text_emb)
     say(comparison_table(args.task, scores, name))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())

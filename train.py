@@ -68,7 +68,9 @@ class TrainConfig:
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
-    num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
+    num_workers: int | None = flag(
+        None, "workers for batches (default: 8 on cuda)", low=0, high=256
+    )
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept
@@ -506,9 +508,7 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     run = read_json(Path(out) / "config.json")
     missing = {f.name for f in (*fields(TrainConfig), *fields(VladVAConfig))} - run.keys()
     if missing:
-        raise ValueError(
-            f"{out}/config.json lacks {', '.join(sorted(missing))}: no run of train.py"
-        )
+        raise ValueError(f"{out}/config.json is no run's: it lacks {', '.join(sorted(missing))}")
     for name, value in flags.items():
         if name not in MAY_CHANGE and run.get(name) != value:
             raise ValueError(f"{out} cannot go on: {name} was {run.get(name)!r}, not {value!r}")

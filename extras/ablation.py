@@ -102,7 +102,7 @@ def ablate(config: train.TrainConfig, method: VladVAConfig, seeds: int, jobs: in
         of_row = [result["after"] for run, result in zip(runs, results) if run[0] == row]
         table[row] = collect(of_row)
     write_json(out / "ablation.json", {"seeds": seeds, "rows": table})
-    (out / "ablation.md").write_text(markdown_table(table), encoding="utf-8")
+    data.write_text(out / "ablation.md", markdown_table(table))
     data.say(f"{markdown_table(table)}\nwritten: {out}/ablation.json, ablation.md")
     save_figure(out / "ablation.png", draw_ablation, table)
     return table
