@@ -82,10 +82,10 @@ class Tokenizer:
         added = self.inner.get_added_tokens_decoder().values()
         self.special_tokens = sorted(token.content for token in added if token.special)
         # a tokenizer of another model would give ids that mean something else, and no error
-        ids = self.encode("a").ids
+        ids = self.encode(f"a{config.image_token}").ids
         bos = config.bos_token_id
         problem = None
-        if self.encode(config.image_token).ids[-1:] != [config.image_token_id]:
+        if ids[-1:] != [config.image_token_id]:
             problem = f"{config.image_token} is not one token {config.image_token_id}"
         elif bos is not None and (ids[:1] != [bos] or ids.count(bos) != 1):
             problem = f"not one token {bos} at the beginning of a text"

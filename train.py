@@ -131,8 +131,13 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
     bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=rank > 0 or None)
     began = saved = time.monotonic()
     with stoppable(out) as received, metrics, bar:
-        for step, batch in enumerate(step_loader(model, rows, config, done + 1), start=done + 1):
-            line = run_step(model, batch, optimizer, step, config)
+        loader = step_loader(model, rows, config, done + 1)
+        for step, (micro_batches, where, bad) in enumerate(loader, start=done + 1):
+            line = run_step(model, micro_batches, optimizer, step, config)
+            # here, and not later: a broken model is never saved
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
+                raise ValueError(f"step {step}: {problem}; rows {', '.join(where):.800}; lower --lr")
             if config.eval_every and step % config.eval_every == 0 and len(held_out) > 1:
                 with torch.compiler.set_stance("force_eager"):  # a cache is a graph for each block
                     line["held_out"] = held_out.measure(model).scores
@@ -143,7 +148,7 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
                 minutes = (time.monotonic() - began) / 5 * (config.steps - step) / 60
                 say(f"about {minutes:.0f} minutes to go ({minutes / 60:.1f} hours)")
             # all processes take the same decision to stop
-            bad_rows.add(data.all_gather_strings(batch.bad))
+            bad_rows.add(data.all_gather_strings(bad))
             num_signals = torch.tensor(len(received), device=model.lvlm.device)
             stopped = data.all_reduce_sum(num_signals).item()
             problem = bad_rows.problem(step * config.batch_size)
@@ -162,28 +167,23 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
         model.save_adapter(out)
 
 
-# Returns the line of metrics.jsonl; ValueError when the step has broken the model.
-def run_step(model: VladVA, batch: "StepBatch", optimizer: AdamW, step: int, config) -> dict:
+# Returns the line of metrics.jsonl.
+def run_step(model: VladVA, micro_batches: list, optimizer: AdamW, step: int, config) -> dict:
     start = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_scale(step, config)
     try:
-        losses = train_step(model, batch.micro_batches, optimizer, config)
+        losses = train_step(model, micro_batches, optimizer, config)
     except torch.OutOfMemoryError as error:
-        problem = f"step {step}: {str(error).split(' GPU ')[0]} --micro-batch-size is"
-        remedies = "try half of it, --gradient-caching, or --gradient-checkpointing"
-        raise ValueError(f"{problem} {config.micro_batch_size}: {remedies}") from None
+        remedy = f"--micro-batch-size is {config.micro_batch_size}: try half of it"
+        raise ValueError(f"step {step}: {str(error).split(' GPU ')[0]} {remedy}") from None
     line = {"step": step} | {name: value.item() for name, value in losses.items()}
     line["lr"] = optimizer.param_groups[0]["lr"]
     line["step_s"] = time.perf_counter() - start
-    line["tokens_per_s"] = sum(part.num_tokens for part in batch.micro_batches) / line["step_s"]
+    line["tokens_per_s"] = sum(part.num_tokens for part in micro_batches) / line["step_s"]
     line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
     if model.lvlm.device.type == "cuda":
         line["peak_bytes"] = torch.cuda.max_memory_allocated(model.lvlm.device)
-    # here, and not later: a broken model is never saved
-    if not math.isfinite(line["loss"] + line["grad_norm"]):
-        problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
-        raise ValueError(f"step {step}: {problem}; rows {batch.where!s:.500}; lower --lr")
     return line
 
 
@@ -302,16 +302,11 @@ def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
             block.compile()
 
 
-# What one process works on in one step.
-@dataclass(frozen=True)
-class StepBatch:
-    micro_batches: list[data.TrainingBatch]  # on the host
-    where: list[str]  # names of the rows
-    bad: list[str]  # what was wrong with rows that were replaced
-
-
 class Steps:
-    """Step number -> StepBatch. What is random is a function of (seed, step): a run can go on."""
+    """Step number -> (micro-batches, names of their rows, what is wrong with rows left out).
+
+    What is random is a function of (seed, step): a run can go on.
+    """
 
     def __init__(self, model: VladVA, rows: data.Pairs, config: TrainConfig):
         self.model = model
@@ -337,7 +332,7 @@ class Steps:
                 bad.append(str(error))
         raise ValueError(f"1000 rows in succession cannot be used; the last: {bad[-1]}")
 
-    def __getitem__(self, step: int) -> StepBatch:
+    def __getitem__(self, step: int) -> tuple[list[data.TrainingBatch], list[str], list[str]]:
         rank, world_size = rank_and_world_size()
         size = self.config.batch_size
         # an epoch has no last incomplete batch; each process takes every n-th row of a batch
@@ -351,7 +346,7 @@ class Steps:
         for start in range(0, len(rows), self.config.micro_batch_size):
             part = rows[start : start + self.config.micro_batch_size]
             micro_batches.append(self.model.training_batch(part))
-        return StepBatch(micro_batches, [row["where"] for row in rows], bad)
+        return micro_batches, [row["where"] for row in rows], bad
 
 
 # torchrun signals all processes at once: those that make batches end with the one that trains.
@@ -360,8 +355,8 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[StepBatch]:
-    """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
+def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[tuple]:
+    """What Steps has for `first_step` and on, made ahead if there are worker processes."""
     # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
     options = {"batch_size": None, "collate_fn": pickle.dumps}
     if config.num_workers:
