@@ -61,10 +61,12 @@ class TrainConfig:
     compile: bool = flag(False, "torch.compile every decoder block")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
-    lr: float | None = flag(None, "LoRA's peak rate (default: 2e-4 x 4096 / decoder width)", low=0)
+    lr: float | None = flag(
+        None, "peak rate (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30
+    )
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
-    max_grad_norm: float = flag(1.0, "a larger gradient is scaled down to this norm", low=0)  # ours
+    max_grad_norm: float = flag(1.0, "norm to scale a larger gradient to", low=0, high=1e30)  # ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
