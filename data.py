@@ -393,12 +393,6 @@ def inside(folder: Path, name: str, root: str | None = None) -> Path:
     return folder / name
 
 
-# Byte at which each line begins, and the end of the file: (lines + 1,)
-def line_starts(path: Path) -> np.ndarray:
-    with open(path, "rb") as file:
-        return np.append(0, np.fromiter(map(len, file), dtype=np.int64).cumsum())
-
-
 class Pairs:
     """The rows of a pairs file, read from the disk one by one: 16 bytes of a row are in memory."""
 
@@ -409,8 +403,9 @@ class Pairs:
         self.images = images  # the folder that images may lie in; None: that of the file
         if not self.path.is_file():
             raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
-        self.starts = line_starts(self.path)
         self.file = open(self.path, "rb")
+        # byte at which each line begins, and the end of the file: (lines + 1,)
+        self.starts = np.append(0, np.fromiter(map(len, self.file), dtype=np.int64).cumsum())
         self.numbers = np.flatnonzero(np.diff(self.starts) > 1)  # of the lines that are not empty
 
     def __len__(self) -> int:

@@ -116,7 +116,6 @@ class Benchmark:
     texts: list[str]
     score: Callable  # (image_emb, text_emb) -> {name as in the paper's tables: percent}
     counts: dict[str, int]  # what there is of what, for the reader
-    ties: str = "a tie is a miss"
 
 
 def retrieval(images: Sequence, captions: list[list[str]]) -> Benchmark:
@@ -190,11 +189,9 @@ class Folder:
         return read_json(self.file(name), dict | list)
 
 
-# One space between words, none at the ends: in SugarCrepe stray ones mark the true captions, and
-# so do full stops, which go with --strip-period.
-def clean_text(text: str, args: argparse.Namespace) -> str:
-    text = " ".join(text.split())
-    return text[:-1].rstrip() if args.strip_period and text.endswith(".") else text
+# One space between words, none at the ends: in SugarCrepe stray ones mark the true captions.
+def clean_text(text: str) -> str:
+    return " ".join(text.split())
 
 
 # Flickr30k or COCO in Karpathy's split, test part; of COCO's captions the first five by custom.
@@ -208,7 +205,7 @@ def read_karpathy(folder: Folder, args: argparse.Namespace) -> Benchmark:
         if "cocoid" in row:
             names = [f"{row['filepath']}/{names[0]}", *names, f"{row['cocoid']:012d}.jpg"]
         images.append(folder.image(*names))
-        captions.append([clean_text(line["raw"], args) for line in row["sentences"][:limit]])
+        captions.append([clean_text(line["raw"]) for line in row["sentences"][:limit]])
     return retrieval(images, captions)
 
 
@@ -218,7 +215,7 @@ def read_nocaps(folder: Folder, args: argparse.Namespace) -> Benchmark:
     raw = folder.json("nocaps_val_4500_captions.json")
     captions_of = {row["id"]: [] for row in raw["images"]}
     for row in raw["annotations"]:
-        captions_of[row["image_id"]].append(clean_text(row["caption"], args))
+        captions_of[row["image_id"]].append(clean_text(row["caption"]))
     images = [folder.image(row["file_name"]) for row in raw["images"]]
     captions = [captions_of[row["id"]][: args.captions or None] for row in raw["images"]]
     domain_of = [row["domain"].split("-")[0] for row in raw["images"]]
@@ -258,7 +255,7 @@ def read_hard_negatives(folder: Folder, args: argparse.Namespace) -> Benchmark:
         rows = folder.json(f"{category}.json")
         items[category] = []
         for row in rows.values() if isinstance(rows, dict) else rows:  # SugarCrepe's keys have gaps
-            captions = [clean_text(row[field], args) for field in fields]
+            captions = [clean_text(row[field]) for field in fields]
             item = [images.setdefault(folder.image(row["filename"]), len(images))]
             item += [texts.setdefault(text, len(texts)) for text in captions]
             items[category].append(item)
@@ -276,7 +273,7 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
         for index in (0, 1):
             name = row[f"image_{index}"]
             images.append(folder.image(name, f"{name}.png", f"{name}.jpg"))
-            texts.append(clean_text(row[f"caption_{index}"], args))
+            texts.append(clean_text(row[f"caption_{index}"]))
 
     def score(image_emb: Tensor, text_emb: Tensor) -> dict:
         sim = image_emb.unflatten(0, (-1, 2)) @ text_emb.unflatten(0, (-1, 2)).transpose(1, 2)
@@ -308,8 +305,7 @@ def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
         return class_accuracy(image_emb, prompt_emb, torch.tensor(labels))
 
     counts = {"images": len(images), "classes": len(names), "templates": len(templates)}
-    ties = "of classes that tie, as two of one name do, the first is taken, as CLIP's code does"
-    return Benchmark(images, texts, score, counts, ties)
+    return Benchmark(images, texts, score, counts)
 
 
 KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent"
@@ -337,9 +333,6 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
     if not benchmark.images or not benchmark.texts:
         folder.refuse("it holds no images, or no captions, of the test split")
     return benchmark
-
-
-# ---------------------------------------------------------------------------------- embeddings
 
 
 @torch.compiler.set_stance("force_eager")  # with --compile, a cache is a graph for each block
@@ -507,7 +500,6 @@ def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured)
 
         data.write_json(out / "scores.json", scores)
         draw_report(out, held_out, before, after)
-    say(f"written: {out}/scores.json, report.png")
     return scores
 
 
@@ -571,9 +563,6 @@ def print_paper(files: list[str]) -> None:
             say("\n" + comparison_table(task, scores, name))
 
 
-# -------------------------------------------------------------------------------- command line
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = data.Parser("eval.py", description="Benchmarks of a model or embeddings.")
     add = parser.add_argument
@@ -587,7 +576,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="also write the scores (default: no)")
     add("--row", help="row of the paper's table to compare with (default: that of the model)")
     add("--captions", type=int, help="of an image, at most; 0: all (default: 5; nocaps: all)")
-    add("--strip-period", action="store_true", help="drop the full stops that captions end with")
     add("--templates", choices=("one", "all"), default="one", help="of ImageNet (default: one)")
     classes = ASSETS / "imagenet" / "openai_imagenet_prompts.json"
     add("--classes", default=str(classes), help="ImageNet's names and templates (default: CLIP's)")
@@ -622,7 +610,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     scores = benchmark.score(image_emb, text_emb)
     say(comparison_table(args.task, scores, name))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())
-    say(f"{counts}; {benchmark.ties}")
+    say(f"{counts}; a tie is a miss (of classes that tie, the first is taken, as in CLIP's code)")
     # for a table of results, or another reader
     results = {"task": args.task, "model": args.model, "adapter": args.adapter, "paper_row": name}
     results |= {"scores": scores, "counts": benchmark.counts}

@@ -49,15 +49,13 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return parse_json(Path(path).read_bytes(), path, kind)
 
 
-def from_json(
-    cls: type, raw: Any, where: str, ignore_unknown: bool = False, lowest: int | None = None
-) -> Any:
-    """A dataclass from a JSON object; ValueError names an unknown field, or a wrong value."""
+def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool = False) -> Any:
+    """A dataclass from a JSON object. extra: it may hold more; sizes: no integer is below 1."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     unknown = sorted(raw.keys() - types.keys())
-    if unknown and not ignore_unknown:
+    if unknown and not extra:
         raise ValueError(f"{where} has unknown fields {unknown}; known are {', '.join(types)}")
     values = {name: raw[name] for name in types if name in raw}
     for name, value in values.items():
@@ -69,8 +67,8 @@ def from_json(
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ValueError(f"{where}: {name} is {value}, wanted a number from 0 on")
         highest = 1000 if name in ("num_hidden_layers", "depth") else 10**7
-        if lowest is not None and type(value) is int and not lowest <= value <= highest:
-            raise ValueError(f"{where}: {name} is {value}, wanted {lowest} to {highest}")
+        if sizes and type(value) is int and not 1 <= value <= highest:
+            raise ValueError(f"{where}: {name} is {value}, wanted 1 to {highest}")
     return cls(**values)
 
 
@@ -143,7 +141,7 @@ class LVLMConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     image_token_id: int
-    eos_token_id: int | list = 2  # any of a list ends an answer; the first ends long captions
+    end_tokens: list = field(default_factory=[2].copy)  # the first ends long captions
     bos_token_id: int | None = 1  # None: sequences begin with no special token
     vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, ...]
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as read
@@ -170,20 +168,17 @@ class LVLMConfig:
         text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
         text |= {"bos_token_id": 1, "eos_token_id": 2} | raw["text_config"] | rope
         vision = raw["vision_config"]
+        ends = text["eos_token_id"]
         fields = {
-            "vision": from_json(VisionConfig, vision, "config.json vision_config", True, 1),
-            "decoder": from_json(DecoderConfig, text, "config.json text_config", True, 1),
+            "vision": from_json(VisionConfig, vision, "config.json vision_config", True, True),
+            "decoder": from_json(DecoderConfig, text, "config.json text_config", True, True),
             "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
             "vision_feature_layer": raw.get("vision_feature_layer", -2),
             "bos_token_id": text["bos_token_id"],
-            "eos_token_id": text["eos_token_id"],
+            "end_tokens": ends if isinstance(ends, list) else [ends],
             "raw": raw,
         }
         return from_json(cls, fields, "config.json")
-
-    @property
-    def end_tokens(self) -> list[int]:
-        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     # Phi_v from what stack_images returns to features, g, and Phi_l
 
@@ -426,9 +421,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, x: Tensor, rotary: tuple, cache: KVCache | None = None, state_index: Tensor = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, cache=None, state_index: Tensor = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         # no later layer mixes tokens: the last MLP runs only for the states that are wanted
         if state_index is not None:
@@ -604,8 +597,7 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem:
         elif name not in wanted:
             problems.append(f"{name} is unexpected")
         elif tensors[name].shape != wanted[name].shape:
-            shapes = f"{tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
-            problems.append(f"{name} is {shapes}")
+            problems.append(f"{name} is {[*tensors[name].shape]}, wanted {[*wanted[name].shape]}")
     if problems:
         problem = f"{problem}: {len(problems)} tensors differ"
         raise ValueError(f"{problem}: {'; '.join(problems[:12])}")

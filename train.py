@@ -61,18 +61,14 @@ class TrainConfig:
     compile: bool = flag(False, "torch.compile every decoder block")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
-    lr: float | None = flag(
-        None, "peak rate (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30
-    )
+    lr: float | None = flag(None, "peak (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30)
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = flag(1.0, "norm to scale a larger gradient to", low=0, high=1e30)  # ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
-    num_workers: int | None = flag(
-        None, "workers for batches (default: 8 on cuda)", low=0, high=256
-    )
+    num_workers: int | None = flag(None, "that make batches (default: 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept
@@ -304,10 +300,9 @@ def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
 
 
 class Steps:
-    """Step number -> (micro-batches, names of their rows, what is wrong with rows left out).
+    """Step number -> (micro-batches, names of their rows, what is wrong with rows left out)."""
 
-    What is random is a function of (seed, step): a run can go on.
-    """
+    # What is random is a function of (seed, step): a run can go on.
 
     def __init__(self, model: VladVA, rows: data.Pairs, config: TrainConfig):
         self.model = model
@@ -494,8 +489,8 @@ def run_folder(config: TrainConfig, method: VladVAConfig, resume: bool) -> Itera
 
 def configs_from_flags(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     """(TrainConfig, VladVAConfig) of {field: value}; other fields keep their defaults."""
-    config = from_json(TrainConfig, flags, "train", ignore_unknown=True)
-    return config, from_json(VladVAConfig, flags, "method", ignore_unknown=True)
+    config = from_json(TrainConfig, flags, "train", extra=True)
+    return config, from_json(VladVAConfig, flags, "method", extra=True)
 
 
 def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:

@@ -141,8 +141,7 @@ class VladVAConfig:
     learn_temperature: bool = flag(False, "train tau as well")
     next_token_weight: float = flag(1.0, "weight of Eq. 2", low=0)  # the paper reads as a plain sum
     image_mode: str = flag("crop", "crop or pad", choices=("crop", "pad"))  # pad: original LLaVA
-    # of an image, Qwen2-VL only; None: as the model's folder says
-    min_pixels: int | None = flag(None, help="", low=1)
+    min_pixels: int | None = flag(None, help="", low=1)  # of an image, Qwen2-VL only
     max_pixels: int | None = flag(None, help="", low=1)
 
     def __post_init__(self):
@@ -301,9 +300,7 @@ class VladVA(nn.Module):
         caption = self.tokenizer.validate_text(caption)
         return self.sequence(self.config.text_template, self.config.text_prompt, caption)
 
-    def image_batch(
-        self, images: list[Image], long_captions: list | None = None
-    ) -> tuple[Any, data.Batch]:
+    def image_batch(self, images: list[Image], long_captions: list | None = None) -> tuple:
         """RGB images, each with its long caption or None -> (stacked images, Batch)."""
         pixels = [self.image_processor(image) for image in images]
         sequences = []
@@ -427,9 +424,7 @@ class VladVA(nn.Module):
         return emb
 
     @torch.no_grad()
-    def generate_batch(
-        self, images: Sequence, prompts: list[str], max_new_tokens: int = 128
-    ) -> list[str]:
+    def generate_batch(self, images: list, prompts: list, max_new_tokens: int = 128) -> list[str]:
         """Greedy answers to one prompt per image, in the model's own template."""
         pixels = []
         sequences = []

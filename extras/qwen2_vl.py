@@ -255,7 +255,7 @@ class Qwen2VLConfig(LVLMConfig):
 
     vision: Qwen2VLVisionConfig
     decoder: Qwen2VLDecoderConfig
-    eos_token_id: int = 151645
+    end_tokens: list = field(default_factory=[151645].copy)
     bos_token_id: int | None = None  # config.json names one that the tokenizer never adds
 
     image_token: ClassVar[str] = "<|image_pad|>"
@@ -282,11 +282,12 @@ class Qwen2VLConfig(LVLMConfig):
         check_supported(rope, SUPPORTED_ROPE, "config.json: rotary positions")
         tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         text = text | rope | {"tie_word_embeddings": tied, "qkv_bias": True}
+        ends = text.get("eos_token_id", 151645)
         fields = {
-            "vision": from_json(Qwen2VLVisionConfig, vision, "config.json vision_config", True, 1),
-            "decoder": from_json(Qwen2VLDecoderConfig, text, "config.json text_config", True, 1),
+            "vision": from_json(Qwen2VLVisionConfig, vision, "config.json: vision", True, True),
+            "decoder": from_json(Qwen2VLDecoderConfig, text, "config.json text_config", True, True),
             "image_token_id": raw.get("image_token_id", 151655),
-            "eos_token_id": text.get("eos_token_id", cls.eos_token_id),
+            "end_tokens": ends if isinstance(ends, list) else [ends],
             "raw": raw,
         }
         return from_json(cls, fields, "config.json")

@@ -447,9 +447,9 @@ def test_empty_lines_and_a_missing_line_feed_at_the_end_are_no_rows_and_no_fault
 
 def test_a_line_ends_at_a_line_feed_alone(tmp_path):
     (tmp_path / "a").write_bytes(b"one\n\nthree \xe2\x80\xa8\nlast")
-    assert data.line_starts(tmp_path / "a").tolist() == [0, 4, 5, 15, 19]
+    assert data.Pairs(tmp_path / "a", None).starts.tolist() == [0, 4, 5, 15, 19]
     (tmp_path / "empty").write_bytes(b"")
-    assert data.line_starts(tmp_path / "empty").tolist() == [0]
+    assert data.Pairs(tmp_path / "empty", None).starts.tolist() == [0]
 
 
 def test_captions_of_a_file_over_the_papers_lengths_are_truncated(tmp_path, tokenizer):

@@ -191,7 +191,7 @@ def eos_token(lvlm, monkeypatch):
     """A function that sets the model's end-of-sequence token for one test; -1: never generated."""
 
     def set_token(token_id):
-        monkeypatch.setattr(lvlm, "config", replace(lvlm.config, eos_token_id=token_id))
+        monkeypatch.setattr(lvlm, "config", replace(lvlm.config, end_tokens=[token_id]))
 
     return set_token
 
@@ -297,7 +297,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_together(tmp_path):
         f"the weights of {tmp_path} do not fit its config.json",
         "decoder.norm.weight is missing",
         "decoder.norm.bias is unexpected",
-        "projector.linear_1.bias is (3,), wanted (64,)",
+        "projector.linear_1.bias is [3], wanted [64]",
     ):
         assert part in str(error.value)
 
@@ -340,7 +340,7 @@ def test_left_out_fields_take_the_documented_defaults():
     assert decoder.num_hidden_layers == decoder.num_key_value_heads == 32
     assert decoder.head_dim == 128
     assert (decoder.rope_theta, decoder.rms_norm_eps) == (10000.0, 1e-5)
-    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert (config.bos_token_id, config.end_tokens) == (1, [2])
     assert config.image_grid() == (24, 24)
     with torch.device("meta"):
         lvlm = LVLM(config)

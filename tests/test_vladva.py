@@ -129,7 +129,7 @@ def test_the_loss_counts_the_long_captions_tokens_and_the_end_and_nothing_else(
             encoding = random_model.tokenizer.inner.encode(
                 " " + row["long"], add_special_tokens=False
             )
-            wanted += [*encoding.ids, random_model.lvlm.config.eos_token_id]
+            wanted += [*encoding.ids, *random_model.lvlm.config.end_tokens]
     assert batch.caption_targets.tolist() == wanted
     next_ids = batch.input_ids.flatten()[batch.caption_index + 1]
     assert torch.equal(next_ids, batch.caption_targets)
