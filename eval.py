@@ -285,13 +285,11 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
 
 # Class names stand in the order of the sorted WordNet ids.
 def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
-    classes = read_json(args.classes)
-    for key in ("classnames", "templates"):
-        texts = classes.get(key)
+    names, templates = map(read_json(args.classes).get, ("classnames", "templates"))
+    for texts in (names, templates):
         if not isinstance(texts, list) or {*map(type, texts)} != {str}:
-            raise ValueError(f"{args.classes}: {key} is {texts!r:.99}, wanted a list of texts")
-    names = classes["classnames"]
-    templates = ["a photo of a {}."] if args.templates == "one" else classes["templates"]
+            raise ValueError(f"{args.classes}: wanted lists of texts, classnames and templates")
+    templates = ["a photo of a {}."] if args.templates == "one" else templates
     root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
     class_folders = sorted(path for path in root.iterdir() if path.is_dir())
     if len(class_folders) != len(names):
@@ -334,8 +332,8 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
         benchmark = reader(folder, args)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
-    if not benchmark.images or not benchmark.texts:
-        folder.refuse("it holds no images, or no captions, of the test split")
+    if 0 in benchmark.counts.values():
+        folder.refuse(f"it holds no images, or no captions, of the test split: {benchmark.counts}")
     return benchmark
 
 
@@ -346,14 +344,12 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
 def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
     rank, world_size = rank_and_world_size()
     share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
-    rows, _ = data.all_gather_rows(encode(Subset(items, share)))
-    return rows.cpu()
+    return data.all_gather_rows(encode(Subset(items, share)))[0].cpu()
 
 
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
     """(image_emb, text_emb) of a benchmark by a model, in all processes."""
-    # the texts first: one that cannot be used is refused before hours of work on the images
-    text_emb = encode_over_ranks(model.encode_text, benchmark.texts)
+    text_emb = encode_over_ranks(model.encode_text, benchmark.texts)  # first, as it may refuse one
     return encode_over_ranks(model.encode_image, benchmark.images), text_emb
 
 
@@ -583,8 +579,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         try:
             image_emb, text_emb = embed_benchmark(model, benchmark)
         except ValueError as error:
-            texts = f" or {args.classes}" if args.task == "imagenet" else ""
-            raise ValueError(f"{args.folder}{texts}: {error}") from None
+            raise ValueError(f"{args.folder}: {error}") from None
     scores = benchmark.score(image_emb, text_emb)
     say(comparison_table(args.task, scores, name))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())

@@ -37,7 +37,7 @@ import data
 from data import flag, rank_and_world_size, say, write_json
 from eval import HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
-from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
+from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss
 
 TRAIN_DTYPES = ("float32", "bfloat16")  # small gradients would be 0 in float16
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
@@ -68,9 +68,7 @@ class TrainConfig:
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
-    num_workers: int | None = flag(
-        None, "workers for batches (default: 8 on cuda)", low=0, high=256
-    )
+    num_workers: int | None = flag(None, "data workers (default: 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept
@@ -90,8 +88,7 @@ def train(
     device = data.init_distributed(config.device)
     model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
     model.attach(config.seed)
-    if method.loss not in LOSSES:
-        raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
+    model.loss  # noqa: B018 - refuses a name that is none
     bad_rows = data.BadRows()
     rows, held_out = (open_rows or open_data)(config, model, bad_rows)
     # nothing is written before all that was asked for is known to be possible
@@ -416,9 +413,8 @@ def stoppable(out: Path) -> Iterator[list]:
     try:
         yield received
     except (ValueError, OSError) as error:
-        saved = checkpoints(out)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
-        raise ValueError(f"{error}; {last}") from error
+        saved = [f"the last checkpoint is {path}" for path in checkpoints(out)]
+        raise ValueError(f"{error}; {saved[-1] if saved else 'there is no checkpoint'}") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -453,8 +449,7 @@ def load_checkpoint(out: Path, model: VladVA, optimizer: AdamW) -> int:
     wanted = {}
     for name, p in model.trained_parameters().items():
         wanted[f"{name}.step"] = torch.zeros(())
-        for kind in ("value", "exp_avg", "exp_avg_sq"):
-            wanted[f"{name}.{kind}"] = p
+        wanted |= {f"{name}.value": p, f"{name}.exp_avg": p, f"{name}.exp_avg_sq": p}
     check_shapes(tensors, wanted, f"{path} does not fit this run")
     for name, p in model.trained_parameters().items():
         p.data.copy_(tensors[f"{name}.value"])

@@ -475,9 +475,8 @@ class VladVA(nn.Module):
         if self.config.loss not in LOSSES:
             tensors = {k: t for k, t in tensors.items() if not k.startswith("loss_parameters.")}
         check_shapes(tensors, parameters, f"{source} does not fit {self.name}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+        for name, tensor in tensors.items():
+            parameters[name].data.copy_(tensor)
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
