@@ -414,7 +414,7 @@ def stoppable(out: Path) -> Iterator[list]:
         yield received
     except (ValueError, OSError) as error:
         saved = [f"the last checkpoint is {path}" for path in checkpoints(out)]
-        raise ValueError(f"{error}; {saved[-1] if saved else 'there is no checkpoint'}") from error
+        raise ValueError(f"{error}; {[f'no checkpoint in {out}', *saved][-1]}") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
