@@ -284,11 +284,11 @@ def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
 
 # Class names stand in the order of the sorted WordNet ids.
 def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
-    classes = read_json(args.classes)
-    if not isinstance(classes.get("templates"), list):
-        raise ValueError(f"{args.classes}: wanted lists of classnames and templates")
-    names = classes["classnames"]
-    templates = ["a photo of a {}."] if args.templates == "one" else classes["templates"]
+    names, templates = map(read_json(args.classes).get, ("classnames", "templates"))
+    for texts in (names, templates):
+        if not isinstance(texts, list) or {*map(type, texts)} != {str}:
+            raise ValueError(f"{args.classes}: wanted lists of texts, classnames and templates")
+    templates = ["a photo of a {}."] if args.templates == "one" else templates
     root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
     class_folders = sorted(path for path in root.iterdir() if path.is_dir())
     if len(class_folders) != len(names):
@@ -330,8 +330,8 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
         benchmark = reader(folder, args)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
-    if not benchmark.images or not benchmark.texts:
-        folder.refuse("it holds no images, or no captions, of the test split")
+    if 0 in benchmark.counts.values():
+        folder.refuse(f"it holds no images, or no captions, of the test split: {benchmark.counts}")
     return benchmark
 
 
@@ -606,7 +606,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         try:
             image_emb, text_emb = embed_benchmark(model, benchmark)
         except ValueError as error:
-            raise ValueError(f"--folder {args.folder}, --classes: {error}") from None
+            raise ValueError(f"{args.folder}: {error}") from None
     scores = benchmark.score(image_emb, text_emb)
     say(comparison_table(args.task, scores, name))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())

@@ -362,15 +362,14 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         width = config.hidden_size
-        bias = config.qkv_bias
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         self.layer = layer
         self.head_dim = config.head_dim
         self.group_size = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(width, query_width, bias)
-        self.k_proj = nn.Linear(width, key_width, bias)
-        self.v_proj = nn.Linear(width, key_width, bias)
+        self.q_proj = nn.Linear(width, query_width, config.qkv_bias)
+        self.k_proj = nn.Linear(width, key_width, config.qkv_bias)
+        self.v_proj = nn.Linear(width, key_width, config.qkv_bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
 
     def project(self, x: Tensor, rotary: tuple) -> tuple[Tensor, Tensor, Tensor]:
@@ -599,8 +598,7 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem:
         elif tensors[name].shape != wanted[name].shape:
             problems.append(f"{name} is {[*tensors[name].shape]}, wanted {[*wanted[name].shape]}")
     if problems:
-        problem = f"{problem}: {len(problems)} tensors differ"
-        raise ValueError(f"{problem}: {'; '.join(problems[:12])}")
+        raise ValueError(f"{problem}: {len(problems)} tensors differ: {'; '.join(problems[:12])}")
 
 
 def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
@@ -613,8 +611,7 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
         dtype = torch.bfloat16 if large or torch.device(device).type == "cuda" else torch.float32
     keys = []
     for path in shard_files(folder):
-        names = open_safetensors(path).keys()
-        keys += [(path, key) for key in names if not key.endswith(IGNORED_KEYS)]
+        keys += [(path, k) for k in open_safetensors(path).keys() if not k.endswith(IGNORED_KEYS)]
     # each tensor is copied once, from the memory-mapped file to its place
     state = {}
     for path, key in tqdm(keys, "loading weights", leave=False, disable=None):
@@ -630,8 +627,7 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
     if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["decoder.embed_tokens.weight"]
     # all keys and shapes are compared, and what differs is listed, before anything runs
-    problem = f"the weights of {folder} do not fit its config.json"
-    check_shapes(state, lvlm.state_dict(), problem)
+    check_shapes(state, lvlm.state_dict(), f"the weights of {folder} do not fit its config.json")
     lvlm.load_state_dict(state, assign=True)
     if config.decoder.tie_word_embeddings:
         lvlm.lm_head.weight = lvlm.decoder.embed_tokens.weight

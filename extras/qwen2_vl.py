@@ -116,7 +116,7 @@ class PatchProcessor:
         fewest = config.min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
         most = config.max_pixels or settings.get("max_pixels") or size.get("longest_edge")
         least = self.vision.token_side**2
-        if type(fewest) is not int or type(most) is not int or max(fewest, least) > most:
+        if {type(fewest), type(most)} != {int} or fewest < 0 or max(fewest, least) > most:
             wanted = f"two rising integers, the second at least {least}"
             raise ValueError(f"{path}: images of {fewest!r} to {most!r} pixels, wanted {wanted}")
         self.min_pixels = fewest

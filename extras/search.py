@@ -137,15 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, help="principal components to compare (default: all)")
     parser.add_argument("--sheet", default="search.png", help="contact sheet (default: search.png)")
     args = parser.parse_args(argv)
-    if not args.sheet.lower().endswith(data.IMAGE_SUFFIXES):
-        raise ValueError(f"--sheet {args.sheet}: wanted {', '.join(data.IMAGE_SUFFIXES)}")
+    sheet = Path(args.sheet).absolute()
+    if sheet.suffix.lower() not in data.IMAGE_SUFFIXES or not sheet.parent.is_dir():
+        raise ValueError(f"--sheet {sheet}: wanted .png or such, in a folder that is there")
     model = load_model(args)
     # what is wrong with a request is said before hours of work on the images
     text_emb = model.encode_text([args.text]).cpu()  # (1, D)
     width = text_emb.shape[1]
     if args.top < 1 or not 1 <= (width if args.dim is None else args.dim) <= width:
         raise ValueError(f"--top {args.top}, --dim {args.dim}: wanted 1 or more, and 1 to {width}")
-    open(args.sheet, "ab").close()
     index = Index(args.folder, model, args.adapter)
     rows, paths = index.update(model)
     scores, places = index.search(text_emb, rows, args.top, args.dim)
