@@ -5,10 +5,8 @@
     python eval.py --task coco --folder DIR --embeddings clip.npz  # the metrics of any system
     python eval.py --task paper o.json ...  # the paper's tables, with results of earlier runs
 
-Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS: docs/evaluation.md says
-which files it wants; docs/extending.md adds one.
-
-Not here: the benchmark of rendered scenes (extras/scenes.py), figures (extras/studies.py).
+Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS; docs/extending.md adds
+one. Not here: rendered scenes (extras/scenes.py), figures (extras/studies.py).
 """
 
 import argparse
@@ -343,9 +341,11 @@ def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor
     # the texts first: one that cannot be used is refused before hours of work on the images
     jobs = [(model.encode_text, benchmark.texts), (model.encode_image, benchmark.images)]
     for encode, items in jobs:
-        share = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
-        rows, _ = data.all_gather_rows(encode(Subset(items, share)))
-        embeddings.append(rows.cpu())
+        # equally many, as --shard wants equally many forwards: the last item fills up
+        size = -(-len(items) // world_size)
+        share = np.arange(rank * size, (rank + 1) * size).clip(max=len(items) - 1)
+        rows, _ = data.all_gather_rows(encode(Subset(items, share.tolist())))
+        embeddings.append(rows[: len(items)].cpu())
     return embeddings[1], embeddings[0]
 
 
@@ -368,9 +368,12 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
     rank, world_size = rank_and_world_size()
     device = model.lvlm.device
     total = torch.zeros(2, dtype=torch.float64)  # loss, tokens: captions differ in length
+    # equally many here too: images without a caption fill up
+    count = len(captions)
+    captions = captions + [None] * (-count % world_size)
     share = range(rank, len(captions), world_size)
     for part in data.batches(share, batch_size, "reading long captions"):
-        opened = [data.open_image(images[i]) for i in part]
+        opened = [data.open_image(images[i % count]) for i in part]
         pixels, batch = model.image_batch(opened, [captions[i] for i in part])
         batch = batch.to(device)
         _, caption_states = model.hidden_states(batch, "image", pixels.to(device))
@@ -378,7 +381,7 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
         loss = next_token_loss(caption_states, batch.caption_targets, head_weight, total=1)
         total += torch.tensor([loss.item(), len(batch.caption_targets)])
     loss, tokens = data.all_reduce_sum(total.to(device)).tolist()
-    return loss / tokens
+    return loss / tokens if tokens else None
 
 
 class BadRows:
@@ -444,8 +447,8 @@ class HeldOutPairs:
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
-        images = [row["image"] for row in rows]
-        self.benchmark = retrieval(images, [row["short"][:1] for row in rows])
+        captions = [row["short"][:1] for row in rows]
+        self.benchmark = retrieval([row["image"] for row in rows], captions)
         self.chance = {}
         for direction, k in itertools.product(("image_to_text", "text_to_image"), (1, 5, 10)):
             self.chance[f"{direction} R@{k}"] = min(100.0, 100 * k / max(1, len(rows)))
@@ -458,10 +461,8 @@ class HeldOutPairs:
         scores = self.benchmark.score(image_emb, text_emb)
         # Eq. 2 takes longer than all embeddings: on the first 300 long captions
         described = [row for row in self.rows if row["long"]][:300]
-        caption_loss = None
-        if described:
-            captions = [row["long"] for row in described]
-            caption_loss = mean_caption_loss(model, [row["image"] for row in described], captions)
+        captions = [row["long"] for row in described]
+        caption_loss = mean_caption_loss(model, [row["image"] for row in described], captions)
         return Measured(scores, similarity(image_emb, text_emb), caption_loss)
 
 
@@ -506,13 +507,6 @@ def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured)
 # --------------------------------------------------------------------------- the paper's tables
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-
-
-# What the paper calls a model of this project, with VladVA's adapter or without; or None.
-def paper_name(model: str, adapter: str | None) -> str | None:
-    short = model.split("/")[-1].lower().removesuffix("-hf").removesuffix("-instruct")
-    names = {name.lower(): name for table in paper_tables().values() for name in table}
-    return names.get(f"vladva ({short})" if adapter else short)
 
 
 # {task: {row of the paper's table: {score: percent, or None where it could not be read}}}
@@ -574,7 +568,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--embeddings", metavar="FILE.npz", help="score these (default: those of the model)")
     add("--save-embeddings", metavar="FILE.npz", help="also write the embeddings (default: no)")
     add("--json", metavar="FILE", help="also write the scores (default: no)")
-    add("--row", help="row of the paper's table to compare with (default: that of the model)")
+    add("--row", help="row of the paper's table to compare with, see --task paper (default: none)")
     add("--captions", type=int, help="of an image, at most; 0: all (default: 5; nocaps: all)")
     add("--templates", choices=("one", "all"), default="one", help="of ImageNet (default: one)")
     classes = ASSETS / "imagenet" / "openai_imagenet_prompts.json"
@@ -589,7 +583,6 @@ def main(argv: list[str] | None = None) -> dict | None:
     args = build_parser().parse_args(argv)
     if args.task == "paper":
         return print_paper(args.files)
-    name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
     if args.row is not None and args.row not in paper_tables().get(args.task, {}):
         raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
     if args.captions is not None and args.captions < 0:
@@ -608,11 +601,16 @@ def main(argv: list[str] | None = None) -> dict | None:
         except ValueError as error:
             raise ValueError(f"{args.folder}: {error}") from None
     scores = benchmark.score(image_emb, text_emb)
-    say(comparison_table(args.task, scores, name))
+    say(comparison_table(args.task, scores, args.row))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())
     say(f"{counts}; a tie is a miss (of classes that tie, the first is taken, as in CLIP's code)")
     # for a table of results, or another reader
-    results = {"task": args.task, "model": args.model, "adapter": args.adapter, "paper_row": name}
+    results = {
+        "task": args.task,
+        "model": args.model,
+        "adapter": args.adapter,
+        "paper_row": args.row,
+    }
     results |= {"scores": scores, "counts": benchmark.counts}
     if rank_and_world_size()[0] == 0:
         if args.save_embeddings:

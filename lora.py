@@ -70,15 +70,11 @@ def attach_lora(module: nn.Module, rank: int, alpha: float, seed: int = 0) -> No
 @contextlib.contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Inside the context the LoRA layers are the frozen linears alone, bit for bit."""
-    layers = lora_layers(module).values()
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in lora_layers(module).values():
+            stack.callback(setattr, layer, "enabled", layer.enabled)
+            layer.enabled = False
         yield
-    finally:
-        for layer, enabled in zip(layers, before):
-            layer.enabled = enabled
 
 
 def merge_lora(module: nn.Module) -> None:

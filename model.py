@@ -601,8 +601,11 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem:
         raise ValueError(f"{problem}: {len(problems)} tensors differ: {'; '.join(problems[:12])}")
 
 
-def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LVLM:
+def load_lvlm(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, shard: bool = False
+) -> LVLM:
     """The LVLM in a model folder, frozen. dtype None: float32, or bfloat16 if large or on CUDA."""
+    # shard: the decoder's blocks stay in their files, memory-mapped
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)
@@ -619,10 +622,13 @@ def load_lvlm(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None
         if name in state:
             raise ValueError(f"{path}: {key} is there twice, under two names")
         # opened anew for each tensor: pages of an open file would count as memory of this process
-        with open_safetensors(path) as shard:
-            tensor = shard.get_tensor(key)
+        with open_safetensors(path) as file:
+            tensor = file.get_tensor(key)
             check_finite(tensor, f"{path}: {key}")
-            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            if not (shard and name.startswith("decoder.layers.")):
+                state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        if name not in state:
+            state[name] = open_safetensors(path).get_tensor(key)
     # some tied checkpoints store the shared weight twice
     if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["decoder.embed_tokens.weight"]

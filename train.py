@@ -38,7 +38,6 @@ from eval import BadRows, HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss
 
-TRAIN_DTYPES = ("float32", "bfloat16")  # small gradients would be 0 in float16
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
 MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
@@ -59,15 +58,16 @@ class TrainConfig:
     gradient_caching: bool | None = flag(None, "two forwards, less memory (default: large models)")
     gradient_checkpointing: bool | None = flag(None, "recompute, less memory (default: small GPUs)")
     compile: bool = flag(False, "torch.compile every decoder block")
+    shard: bool = flag(False, "split frozen weights over the processes, for models over one GPU")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
     lr: float | None = flag(None, "peak (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30)
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
-    max_grad_norm: float = flag(1.0, "norm to scale a larger gradient to", low=0, high=1e30)  # ours
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm; ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
+    dtype: str | None = flag(None, "float32 or bfloat16", choices=("float32", "bfloat16"))
     num_workers: int | None = flag(None, "that make batches (default: 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
@@ -89,8 +89,13 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
     torch.use_deterministic_algorithms(config.deterministic)
     device = data.init_distributed(config.device)
-    model = VladVA.from_pretrained(config.model, None, device, DTYPES.get(config.dtype), method)
+    dtype = DTYPES.get(config.dtype)
+    model = VladVA.from_pretrained(config.model, None, device, dtype, method, config.shard)
     model.attach(config.seed)
+    if config.shard:
+        from extras.shard import shard_blocks
+
+        shard_blocks(model)
     model.loss  # noqa: B018 - refuses a name that is none
     bad_rows = BadRows()
     rows, held_out = (open_rows or open_data)(config, model, bad_rows)
@@ -98,10 +103,9 @@ def train(
     config = resolve(config, model, rows)
     trained = sum(p.numel() for p in model.trained_parameters().values())
     total = sum(p.numel() for p in model.parameters())
-    epochs = config.steps * config.batch_size / len(rows)
     with run_folder(config, method, resume) as out:
         say(f"{trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
-        say(f"{config.steps:,} steps of {config.batch_size}: {epochs:.2f} epochs of {len(rows):,}")
+        say(f"{config.steps:,} steps of {config.batch_size} of the {len(rows):,} rows")
         bad_rows.write_to(out / "bad_rows.txt")
         # the untouched model, also where a run goes on
         with model.adapter_disabled():
@@ -226,7 +230,8 @@ def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tupl
         surrogate_loss = model.config.next_token_weight * (caption_states * state_gradient).sum()
         for part, part_gradient in zip(emb, gradient):
             surrogate_loss = surrogate_loss + (part * part_gradient).sum()
-        surrogate_loss.backward()
+        if surrogate_loss.requires_grad:  # not of an empty micro-batch
+            surrogate_loss.backward()
 
     # 4. the gradients of all processes add up; those of the loss's parameters are whole in each
     for name, p in model.trained_parameters().items():
@@ -275,8 +280,7 @@ def make_optimizer(model: VladVA, config: TrainConfig) -> AdamW:
     groups = []
     for name, parameters in model.parameter_groups().items():
         rate = config.soft_prompt_lr if name == "soft_prompts" else config.lr
-        if parameters:
-            groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate})
+        groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate})
     return AdamW(groups, weight_decay=0.0, fused=model.lvlm.device.type != "meta")
 
 
@@ -338,7 +342,8 @@ class Steps:
         # longest first: what the shorter ones need then fits into memory that was used before
         rows.sort(key=lambda row: len(row["long"] or ""), reverse=True)
         micro_batches = []
-        for start in range(0, len(rows), self.config.micro_batch_size):
+        # all processes make equally many micro-batches; an empty one where a row is missing
+        for start in range(0, -(-size // world_size), self.config.micro_batch_size):
             part = rows[start : start + self.config.micro_batch_size]
             micro_batches.append(self.model.training_batch(part))
         return micro_batches, [row["where"] for row in rows], bad

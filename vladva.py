@@ -176,6 +176,7 @@ class VladVA(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         config: VladVAConfig | None = None,  # an adapter brings its own
+        shard: bool = False,  # as load_lvlm's
     ) -> "VladVA":
         """A model by name, hub id or folder, with the adapter of a training run if one is named."""
         folder = data.model_folder(name)
@@ -186,7 +187,7 @@ class VladVA(nn.Module):
         elif config is None and merged.exists():
             config = from_json(VladVAConfig, data.read_json(merged).get("config"), str(merged))
         config = config or VladVAConfig()
-        lvlm = load_lvlm(folder, device, dtype)
+        lvlm = load_lvlm(folder, device, dtype, shard)
         tokenizer = data.Tokenizer(folder, lvlm.config)
         processor = lvlm.config.image_processor or data.ImageProcessor
         model = cls(lvlm, tokenizer, processor(folder, lvlm.config, config), config, str(name))
@@ -247,13 +248,10 @@ class VladVA(nn.Module):
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside the context this is the untouched LVLM with its hand prompts, bit for bit."""
-        before = self.adapted
-        self.adapted = False
-        try:
-            with lora_disabled(self.lvlm.decoder):
-                yield
-        finally:
-            self.adapted = before
+        with lora_disabled(self.lvlm.decoder), contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "adapted", self.adapted)
+            self.adapted = False
+            yield
 
     # ------------------------------------------------------------------ templates and batches
 
@@ -317,8 +315,8 @@ class VladVA(nn.Module):
         image_rows = [row for row in rows if row["image"] is not None]
         images = [row["image"] for row in image_rows]
         # Eq. 1 is on the images that have a short caption
-        image_of_text = [index for index, row in enumerate(image_rows) if row["short"]]
-        image_of_text = image_of_text if "pairs" in self.loss.inputs else []
+        wanted = "pairs" in self.loss.inputs
+        image_of_text = [i for i, row in enumerate(image_rows) if wanted and row["short"]]
         short_captions = [image_rows[index]["short"] for index in image_of_text]
         # Eq. 2 is on the long captions; at weight 0 none is read
         captions = [row["long"] if self.config.next_token_weight else None for row in image_rows]
