@@ -416,17 +416,16 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
 @contextlib.contextmanager
 def stoppable(out: Path) -> Iterator[list]:
     received = []
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    except (ValueError, OSError) as error:
-        saved = [f"the last checkpoint is {path}" for path in checkpoints(out)]
-        raise ValueError(f"{error}; {[f'no checkpoint in {out}', *saved][-1]}") from error
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.signal(number, lambda number, frame: received.append(number))
+            stack.callback(signal.signal, number, handler)
+        try:
+            yield received
+        except (ValueError, OSError) as error:
+            saved = checkpoints(out)
+            last = f"the last checkpoint is {saved[-1]}" if saved else f"no checkpoint in {out}"
+            raise ValueError(f"{error}; {last}") from error
 
 
 def checkpoints(out: Path) -> list[Path]:

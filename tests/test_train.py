@@ -889,7 +889,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpo
     random_folder, pairs, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    flags = "--lr 1e30 --max-grad-norm 1e30 --save-every 1 --warmup-ratio 0".split()
+    flags = "--lr 1e30 --save-every 1 --warmup-ratio 0".split()
     with pytest.raises(SystemExit) as stopped:
         run(random_folder, pairs, out, *flags)
     err = capsys.readouterr().err
