@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import DTYPES, LVLMConfig, check_supported, parse_json, read_json
+from model import DTYPES, LVLMConfig, check_supported, parse_json, read_json, read_tensors
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -82,10 +82,10 @@ class Tokenizer:
         added = self.inner.get_added_tokens_decoder().values()
         self.special_tokens = sorted(token.content for token in added if token.special)
         # a tokenizer of another model would give ids that mean something else, and no error
-        ids = self.encode("a").ids
+        ids = self.encode(f"a{config.image_token}").ids
         bos = config.bos_token_id
         problem = None
-        if self.encode(config.image_token).ids[-1:] != [config.image_token_id]:
+        if ids[-1:] != [config.image_token_id]:
             problem = f"{config.image_token} is not one token {config.image_token_id}"
         elif bos is not None and (ids[:1] != [bos] or ids.count(bos) != 1):
             problem = f"not one token {bos} at the beginning of a text"
@@ -393,12 +393,6 @@ def inside(folder: Path, name: str, root: str | None = None) -> Path:
     return folder / name
 
 
-# Byte at which each line begins, and the end of the file: (lines + 1,)
-def line_starts(path: Path) -> np.ndarray:
-    with open(path, "rb") as file:
-        return np.append(0, np.fromiter(map(len, file), dtype=np.int64).cumsum())
-
-
 class Pairs:
     """The rows of a pairs file, read from the disk one by one: 16 bytes of a row are in memory."""
 
@@ -409,8 +403,9 @@ class Pairs:
         self.images = images  # the folder that images may lie in; None: that of the file
         if not self.path.is_file():
             raise ValueError(f"{path} not found: --data wants scenes, or a file of JSON lines")
-        self.starts = line_starts(self.path)
         self.file = open(self.path, "rb")
+        # byte at which each line begins, and the end of the file: (lines + 1,)
+        self.starts = np.append(0, np.fromiter(map(len, self.file), dtype=np.int64).cumsum())
         self.numbers = np.flatnonzero(np.diff(self.starts) > 1)  # of the lines that are not empty
 
     def __len__(self) -> int:
@@ -447,42 +442,6 @@ class Pairs:
         return row | {"image": image, "short": short}
 
 
-class BadRows:
-    """Rows that cannot be used, named once; all processes hold the list, the first one prints."""
-
-    def __init__(self):
-        self.path = os.devnull
-        self.messages = []
-        self.rows_tried = 0  # by hold_out, before training
-
-    # List them in a file from now on, behind those of a run that was interrupted
-    def write_to(self, path: Path) -> None:
-        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.messages = list(dict.fromkeys(before + self.messages))
-        if self.messages and rank_and_world_size()[0] == 0:
-            write_text(path, "\n".join([*self.messages, ""]))
-        self.path = path if rank_and_world_size()[0] == 0 else os.devnull
-
-    def add(self, messages: list[str]) -> None:
-        """Name and list those that are new."""
-        for message in messages:
-            # one line of text: names of files may hold bytes that are none
-            line = " ".join(message.split())[:500].encode(errors="backslashreplace").decode()
-            if line not in self.messages:
-                self.messages.append(line)
-                say(f"left out: {line}", file=sys.stderr)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(f"{line}\n")
-
-    # What ends a run, or None; rows_seen: beside those that hold_out tried.
-    def problem(self, rows_seen: int) -> str | None:
-        count = len(self.messages)
-        rows_seen += self.rows_tried
-        if count <= max(3, rows_seen / 100):
-            return None
-        return f"{count} of {rows_seen} rows cannot be used; the last: {self.messages[-1]}"
-
-
 # -------------------------------------------------------------- files, processes, command line
 
 
@@ -514,6 +473,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None 
     path.chmod(0o644)  # safetensors 0.8 lets nobody else read what it writes
 
 
+def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and VladVAConfig, as a dict, of a training run's folder or one in peft's format."""
+    path = Path(folder) / "adapter.safetensors"
+    if not path.exists() and (path.parent / "adapter_config.json").exists():
+        from extras.export import read_peft_adapter
+
+        tensors, config = read_peft_adapter(folder)
+        return tensors, vars(config)
+    if not path.exists():
+        raise ValueError(f"{path} not found: --adapter wants a training run's folder, or peft's")
+    tensors, metadata = read_tensors(path)
+    if "adapter" not in metadata:
+        raise ValueError(f"{path} carries no config: it was not written by this project")
+    return tensors, parse_json(metadata["adapter"], path).get("config")
+
+
 # (number of this process, how many) among those that torchrun started; (0, 1) without it
 def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -522,7 +497,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def init_distributed(name: str | None) -> str:
     """The device of that name (None: CUDA, or else the CPU), after joining torchrun's processes."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name is None else name)
         if "LOCAL_RANK" in os.environ and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device).item()  # refuses "meta" too

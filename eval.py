@@ -5,16 +5,15 @@
     python eval.py --task coco --folder DIR --embeddings clip.npz  # the metrics of any system
     python eval.py --task paper o.json ...  # the paper's tables, with results of earlier runs
 
-Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS: docs/evaluation.md says
-which files it wants; docs/extending.md adds one.
-
-Not here: the benchmark of rendered scenes (extras/scenes.py), figures (extras/studies.py).
+Metrics take embeddings, not models. A benchmark is a reader in BENCHMARKS; docs/extending.md adds
+one. Not here: rendered scenes (extras/scenes.py), figures (extras/studies.py).
 """
 
 import argparse
 import functools
 import itertools
 import os
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,7 +114,6 @@ class Benchmark:
     texts: list[str]
     score: Callable  # (image_emb, text_emb) -> {name as in the paper's tables: percent}
     counts: dict[str, int]  # what there is of what, for the reader
-    ties: str = "a tie is a miss"
 
 
 def retrieval(images: Sequence, captions: list[list[str]]) -> Benchmark:
@@ -141,13 +139,14 @@ def category_scores(items: dict, groups: dict, image_emb: Tensor, text_emb: Tens
     """
     scores = {}
     for category, rows in items.items():
-        image, *texts = torch.tensor(rows).T
-        image, *texts = image_emb[image], *(text_emb[text] for text in texts)  # (n, D) each
+        index = torch.tensor(rows).T
+        image = image_emb[index[0]]  # (n, D)
+        texts = text_emb[index[1:]]  # (2 or 3, n, D)
         if len(texts) == 3:
             for name, value in paraphrase_accuracy(image, *texts).items():
                 scores[f"{category} {name}"] = value
         else:
-            true, false = ((image * text).sum(-1) for text in texts)
+            true, false = (image * texts).sum(-1)
             scores[category] = negative_accuracy(true, false)
     # the plain means, however many items a category has
     for group, categories in groups.items():
@@ -188,11 +187,9 @@ class Folder:
         return read_json(self.file(name), dict | list)
 
 
-# One space between words, none at the ends: in SugarCrepe stray ones mark the true captions, and
-# so do full stops, which go with --strip-period.
-def clean_text(text: str, args: argparse.Namespace) -> str:
-    text = " ".join(text.split())
-    return text[:-1].rstrip() if args.strip_period and text.endswith(".") else text
+# One space between words, none at the ends: in SugarCrepe stray ones mark the true captions.
+def clean_text(text: str) -> str:
+    return " ".join(text.split())
 
 
 # Flickr30k or COCO in Karpathy's split, test part; of COCO's captions the first five by custom.
@@ -206,7 +203,7 @@ def read_karpathy(folder: Folder, args: argparse.Namespace) -> Benchmark:
         if "cocoid" in row:
             names = [f"{row['filepath']}/{names[0]}", *names, f"{row['cocoid']:012d}.jpg"]
         images.append(folder.image(*names))
-        captions.append([clean_text(line["raw"], args) for line in row["sentences"][:limit]])
+        captions.append([clean_text(line["raw"]) for line in row["sentences"][:limit]])
     return retrieval(images, captions)
 
 
@@ -216,7 +213,7 @@ def read_nocaps(folder: Folder, args: argparse.Namespace) -> Benchmark:
     raw = folder.json("nocaps_val_4500_captions.json")
     captions_of = {row["id"]: [] for row in raw["images"]}
     for row in raw["annotations"]:
-        captions_of[row["image_id"]].append(clean_text(row["caption"], args))
+        captions_of[row["image_id"]].append(clean_text(row["caption"]))
     images = [folder.image(row["file_name"]) for row in raw["images"]]
     captions = [captions_of[row["id"]][: args.captions or None] for row in raw["images"]]
     domain_of = [row["domain"].split("-")[0] for row in raw["images"]]
@@ -256,7 +253,7 @@ def read_hard_negatives(folder: Folder, args: argparse.Namespace) -> Benchmark:
         rows = folder.json(f"{category}.json")
         items[category] = []
         for row in rows.values() if isinstance(rows, dict) else rows:  # SugarCrepe's keys have gaps
-            captions = [clean_text(row[field], args) for field in fields]
+            captions = [clean_text(row[field]) for field in fields]
             item = [images.setdefault(folder.image(row["filename"]), len(images))]
             item += [texts.setdefault(text, len(texts)) for text in captions]
             items[category].append(item)
@@ -269,25 +266,27 @@ def read_hard_negatives(folder: Folder, args: argparse.Namespace) -> Benchmark:
 def read_winoground(folder: Folder, args: argparse.Namespace) -> Benchmark:
     images = []
     texts = []
-    for line in folder.file("examples.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in folder.file("examples.jsonl").read_bytes().splitlines():
         row = parse_json(line, f"{folder.root}/examples.jsonl")
         for index in (0, 1):
             name = row[f"image_{index}"]
             images.append(folder.image(name, f"{name}.png", f"{name}.jpg"))
-            texts.append(clean_text(row[f"caption_{index}"], args))
+            texts.append(clean_text(row[f"caption_{index}"]))
 
     def score(image_emb: Tensor, text_emb: Tensor) -> dict:
-        images, texts = image_emb.unflatten(0, (-1, 2)), text_emb.unflatten(0, (-1, 2))
-        return winoground_scores(images @ texts.transpose(1, 2))  # (items, 2, 2)
+        sim = image_emb.unflatten(0, (-1, 2)) @ text_emb.unflatten(0, (-1, 2)).transpose(1, 2)
+        return winoground_scores(sim)  # (items, 2, 2)
 
     return Benchmark(images, texts, score, {"items": len(images) // 2})
 
 
 # Class names stand in the order of the sorted WordNet ids.
 def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
-    classes = read_json(args.classes)
-    names = classes["classnames"]
-    templates = ["a photo of a {}."] if args.templates == "one" else classes["templates"]
+    names, templates = map(read_json(args.classes).get, ("classnames", "templates"))
+    for texts in (names, templates):
+        if not isinstance(texts, list) or {*map(type, texts)} != {str}:
+            raise ValueError(f"{args.classes}: wanted lists of texts, classnames and templates")
+    templates = ["a photo of a {}."] if args.templates == "one" else templates
     root = folder.root / "val" if (folder.root / "val").is_dir() else folder.root
     class_folders = sorted(path for path in root.iterdir() if path.is_dir())
     if len(class_folders) != len(names):
@@ -304,8 +303,7 @@ def read_imagenet(folder: Folder, args: argparse.Namespace) -> Benchmark:
         return class_accuracy(image_emb, prompt_emb, torch.tensor(labels))
 
     counts = {"images": len(images), "classes": len(names), "templates": len(templates)}
-    ties = "of classes that tie, as two of one name do, the first is taken, as CLIP's code does"
-    return Benchmark(images, texts, score, counts, ties)
+    return Benchmark(images, texts, score, counts)
 
 
 KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent"
@@ -316,7 +314,7 @@ BENCHMARKS = {  # task: its reader, and where its files are published
     "sugarcrepe": (read_hard_negatives, "github.com/RAIVNLab/sugar-crepe; images: cocodataset.org"),
     "sugarcrepe_pp": (read_hard_negatives, "github.com/Sri-Harsha/scpp; images: cocodataset.org"),
     "winoground": (read_winoground, "huggingface.co/datasets/facebook/winoground"),
-    "imagenet": (read_imagenet, "image-net.org"),
+    "imagenet": (read_imagenet, "image-net.org; class names: --classes"),
 }
 
 
@@ -330,31 +328,28 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
         benchmark = reader(folder, args)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         folder.refuse(f"a file is not in the published format ({type(error).__name__}: {error})")
-    if not benchmark.images or not benchmark.texts:
-        folder.refuse("it holds no images, or no captions, of the test split")
+    if 0 in benchmark.counts.values():
+        folder.refuse(f"it holds no images, or no captions, of the test split: {benchmark.counts}")
     return benchmark
 
 
-# ---------------------------------------------------------------------------------- embeddings
-
-
-# encode(items) on the host, (B, D): each process encodes its share, all get all rows.
-def encode_over_ranks(encode: Callable, items: Sequence) -> Tensor:
-    rank, world_size = rank_and_world_size()
-    # equally many, as split blocks want equally many forwards: the last item fills up
-    size = -(-len(items) // world_size)
-    share = np.arange(rank * size, (rank + 1) * size).clip(max=len(items) - 1)
-    rows, _ = data.all_gather_rows(encode(Subset(items, share.tolist())))
-    return rows[: len(items)].cpu()
-
-
+@torch.compiler.set_stance("force_eager")  # with --compile, a cache is a graph for each block
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
-    """(image_emb, text_emb) of a benchmark by a model, in all processes."""
-    image_emb = encode_over_ranks(model.encode_image, benchmark.images)
-    return image_emb, encode_over_ranks(model.encode_text, benchmark.texts)
+    """(image_emb, text_emb) of a benchmark, on the host; each process encodes its share."""
+    rank, world_size = rank_and_world_size()
+    embeddings = []
+    # the texts first: one that cannot be used is refused before hours of work on the images
+    jobs = [(model.encode_text, benchmark.texts), (model.encode_image, benchmark.images)]
+    for encode, items in jobs:
+        # equally many, as --shard wants equally many forwards: the last item fills up
+        size = -(-len(items) // world_size)
+        share = np.arange(rank * size, (rank + 1) * size).clip(max=len(items) - 1)
+        rows, _ = data.all_gather_rows(encode(Subset(items, share.tolist())))
+        embeddings.append(rows[: len(items)].cpu())
+    return embeddings[1], embeddings[0]
 
 
-# --------------------------------------------------------------- rows kept out of training
+# ------------------------------------------------- rows left out of training, for good or bad
 
 
 @dataclass(frozen=True)
@@ -367,6 +362,7 @@ class Measured:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: int = 32) -> float:
     """Eq. 2 on held-out long captions, in nats per token, shared out over the processes."""
     rank, world_size = rank_and_world_size()
@@ -385,10 +381,46 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
         loss = next_token_loss(caption_states, batch.caption_targets, head_weight, total=1)
         total += torch.tensor([loss.item(), len(batch.caption_targets)])
     loss, tokens = data.all_reduce_sum(total.to(device)).tolist()
-    return loss / tokens
+    return loss / tokens if tokens else None
 
 
-def hold_out(pairs: data.Pairs, count: int, bad_rows: data.BadRows) -> list[dict]:
+class BadRows:
+    """Rows that cannot be used, named once; all processes hold the list, the first one prints."""
+
+    def __init__(self):
+        self.path = os.devnull
+        self.messages = []
+        self.rows_tried = 0  # by hold_out, before training
+
+    # List them in a file from now on, behind those of a run that was interrupted
+    def write_to(self, path: Path) -> None:
+        before = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        self.messages = list(dict.fromkeys(before + self.messages))
+        if self.messages and rank_and_world_size()[0] == 0:
+            data.write_text(path, "\n".join([*self.messages, ""]))
+        self.path = path if rank_and_world_size()[0] == 0 else os.devnull
+
+    def add(self, messages: list[str]) -> None:
+        """Name and list those that are new."""
+        for message in messages:
+            # one line of text: names of files may hold bytes that are none
+            line = " ".join(message.split())[:500].encode(errors="backslashreplace").decode()
+            if line not in self.messages:
+                self.messages.append(line)
+                say(f"left out: {line}", file=sys.stderr)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+
+    # What ends a run, or None; rows_seen: beside those that hold_out tried.
+    def problem(self, rows_seen: int) -> str | None:
+        count = len(self.messages)
+        rows_seen += self.rows_tried
+        if count <= max(3, rows_seen / 100):
+            return None
+        return f"{count} of {rows_seen} rows cannot be used; the last: {self.messages[-1]}"
+
+
+def hold_out(pairs: data.Pairs, count: int, bad_rows: BadRows) -> list[dict]:
     """Take up to `count` random rows with short captions out of the file's; images as paths."""
     rows = {}
     # a file may have 8 million rows and no short caption: not all of them are tried
@@ -415,8 +447,8 @@ class HeldOutPairs:
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
-        images = [row["image"] for row in rows]
-        self.benchmark = retrieval(images, [row["short"][:1] for row in rows])
+        captions = [row["short"][:1] for row in rows]
+        self.benchmark = retrieval([row["image"] for row in rows], captions)
         self.chance = {}
         for direction, k in itertools.product(("image_to_text", "text_to_image"), (1, 5, 10)):
             self.chance[f"{direction} R@{k}"] = min(100.0, 100 * k / max(1, len(rows)))
@@ -429,14 +461,12 @@ class HeldOutPairs:
         scores = self.benchmark.score(image_emb, text_emb)
         # Eq. 2 takes longer than all embeddings: on the first 300 long captions
         described = [row for row in self.rows if row["long"]][:300]
-        caption_loss = None
-        if described:
-            captions = [row["long"] for row in described]
-            caption_loss = mean_caption_loss(model, [row["image"] for row in described], captions)
+        captions = [row["long"] for row in described]
+        caption_loss = mean_caption_loss(model, [row["image"] for row in described], captions)
         return Measured(scores, similarity(image_emb, text_emb), caption_loss)
 
 
-def open_data(config: typing.Any, model: VladVA, bad_rows: data.BadRows) -> tuple:
+def open_data(config: typing.Any, model: VladVA, bad_rows: BadRows) -> tuple:
     """(rows to train on, what is held out), of scenes or a pairs file. config: TrainConfig."""
     if config.data == "scenes":
         from extras import scenes
@@ -465,28 +495,18 @@ def report(out: Path, held_out: HeldOutPairs, before: Measured, after: Measured)
     """Print the table before / after; write OUT/scores.json, which is returned, and report.png."""
     columns = {"before": before, "after": after}
     say(score_table(columns, held_out.chance))
-    scores = {}
-    for name, measured in columns.items():
-        scores[name] = {"scores": measured.scores, "caption_loss": measured.caption_loss}
+    scores = {k: {"scores": m.scores, "caption_loss": m.caption_loss} for k, m in columns.items()}
     if rank_and_world_size()[0] == 0:
         from extras.plots import draw_report
 
         data.write_json(out / "scores.json", scores)
         draw_report(out, held_out, before, after)
-    say(f"written: {out}/scores.json, report.png")
     return scores
 
 
 # --------------------------------------------------------------------------- the paper's tables
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-
-
-# What the paper calls a model of this project, with VladVA's adapter or without; or None.
-def paper_name(model: str, adapter: str | None) -> str | None:
-    short = model.split("/")[-1].lower().removesuffix("-hf").removesuffix("-instruct")
-    names = {name.lower(): name for table in paper_tables().values() for name in table}
-    return names.get(f"vladva ({short})" if adapter else short)
 
 
 # {task: {row of the paper's table: {score: percent, or None where it could not be read}}}
@@ -506,7 +526,8 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
     printed = paper_tables().get(task, {}).get(name, {})
     rows = []
     for key in scores | printed:
-        ours, theirs = scores.get(key), printed.get(key)
+        ours = scores.get(key)
+        theirs = printed.get(key)
         both = None if ours is None or theirs is None else ours - theirs
         values = [format_score(ours), format_score(theirs), format_score(both, "+")]
         rows.append([key.replace("_", " "), *values])
@@ -516,9 +537,16 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
 
 # The paper's tables, and behind each the results of earlier runs (--json files).
 def print_paper(files: list[str]) -> None:
-    results = [read_json(file) for file in files]
+    results = {task: {} for task in paper_tables()}
+    for file in files:
+        run = read_json(file)
+        try:
+            scores = {name: float(value) for name, value in run["scores"].items()}
+            results[run["task"]][run["paper_row"]] = scores
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is not what --json wrote ({error!r:.99})") from None
     for task, table in paper_tables().items():
-        ours = {run["paper_row"]: run["scores"] for run in results if run["task"] == task}
+        ours = results[task]
         keys = list(next(iter(table.values())))
         rows = []
         for name, printed in table.items():
@@ -527,9 +555,6 @@ def print_paper(files: list[str]) -> None:
         say("\n" + format_table([task, *(key.replace("_", " ") for key in keys), "ours"], rows))
         for name, scores in ours.items():
             say("\n" + comparison_table(task, scores, name))
-
-
-# -------------------------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -543,9 +568,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--embeddings", metavar="FILE.npz", help="score these (default: those of the model)")
     add("--save-embeddings", metavar="FILE.npz", help="also write the embeddings (default: no)")
     add("--json", metavar="FILE", help="also write the scores (default: no)")
-    add("--row", help="row of the paper's table to compare with (default: that of the model)")
+    add("--row", help="row of the paper's table to compare with, see --task paper (default: none)")
     add("--captions", type=int, help="of an image, at most; 0: all (default: 5; nocaps: all)")
-    add("--strip-period", action="store_true", help="drop the full stops that captions end with")
     add("--templates", choices=("one", "all"), default="one", help="of ImageNet (default: one)")
     classes = ASSETS / "imagenet" / "openai_imagenet_prompts.json"
     add("--classes", default=str(classes), help="ImageNet's names and templates (default: CLIP's)")
@@ -559,8 +583,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     args = build_parser().parse_args(argv)
     if args.task == "paper":
         return print_paper(args.files)
-    name = args.row or (None if args.embeddings else paper_name(args.model, args.adapter))
-    if args.row and args.row not in paper_tables().get(args.task, {}):
+    if args.row is not None and args.row not in paper_tables().get(args.task, {}):
         raise ValueError(f"--row {args.row!r} is no row of the paper's table: see --task paper")
     if args.captions is not None and args.captions < 0:
         raise ValueError(f"--captions is {args.captions}: wanted 0 (all) or more")
@@ -573,13 +596,21 @@ def main(argv: list[str] | None = None) -> dict | None:
         # what cannot be written is refused before the work, not after it
         for path in filter(None, (args.json, args.save_embeddings)):
             open(path, "ab").close()
-        image_emb, text_emb = embed_benchmark(model, benchmark)
+        try:
+            image_emb, text_emb = embed_benchmark(model, benchmark)
+        except ValueError as error:
+            raise ValueError(f"{args.folder}: {error}") from None
     scores = benchmark.score(image_emb, text_emb)
-    say(comparison_table(args.task, scores, name))
+    say(comparison_table(args.task, scores, args.row))
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())
-    say(f"{counts}; {benchmark.ties}")
+    say(f"{counts}; a tie is a miss (of classes that tie, the first is taken, as in CLIP's code)")
     # for a table of results, or another reader
-    results = {"task": args.task, "model": args.model, "adapter": args.adapter, "paper_row": name}
+    results = {
+        "task": args.task,
+        "model": args.model,
+        "adapter": args.adapter,
+        "paper_row": args.row,
+    }
     results |= {"scores": scores, "counts": benchmark.counts}
     if rank_and_world_size()[0] == 0:
         if args.save_embeddings:

@@ -4,8 +4,7 @@
     with lora_disabled(lvlm.decoder): ...  # the frozen model, bit for bit
     merge_lora(lvlm.decoder)  # folds B A into W0; the layers are nn.Linear again
 
-Not here: saving and loading (VladVA.save_adapter in vladva.py), dropout, DoRA, quantised bases,
-other layers than the seven linears of a Llama block.
+Not here: saving and loading (vladva.py), dropout, DoRA, quantised bases.
 """
 
 import contextlib
@@ -63,24 +62,19 @@ def attach_lora(module: nn.Module, rank: int, alpha: float, seed: int = 0) -> No
         raise ValueError("this model has LoRA layers already: merge or reload it first")
     # lora_a depends on the seed alone: not on the device, nor on what ran before
     generator = torch.Generator().manual_seed(seed)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if name in TARGETS and isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, rank, alpha, generator))
+    for name, linear in list(module.named_modules()):
+        if name.split(".")[-1] in TARGETS and isinstance(linear, nn.Linear):
+            module.set_submodule(name, LoRALinear(linear, rank, alpha, generator))
 
 
 @contextlib.contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
     """Inside the context the LoRA layers are the frozen linears alone, bit for bit."""
-    layers = lora_layers(module).values()
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in lora_layers(module).values():
+            stack.callback(setattr, layer, "enabled", layer.enabled)
+            layer.enabled = False
         yield
-    finally:
-        for layer, enabled in zip(layers, before):
-            layer.enabled = enabled
 
 
 def merge_lora(module: nn.Module) -> None:

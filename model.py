@@ -5,8 +5,7 @@
     inputs_embeds = lvlm.decoder.embed_tokens(input_ids)  # (B, T) -> (B, T, D)
     hidden_states = lvlm.decoder(inputs_embeds)  # (B, T, D), after the final norm
 
-Not here: prompts, embeddings and losses (vladva.py); tokenizer and images (data.py); adapters
-(lora.py); other architectures (extras/qwen2_vl.py); dropout, which LLaVA-1.5 does not have.
+Not here: the method (vladva.py), tokenizer and images (data.py), LoRA (lora.py), Qwen2-VL (extras).
 
 Dims: B batch, T tokens, N image tokens, P soft-prompt tokens, D decoder width, V vocabulary,
 R LoRA rank, H heads, G key-value heads, K head width, S cache length, C vision width.
@@ -50,15 +49,13 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return parse_json(Path(path).read_bytes(), path, kind)
 
 
-def from_json(
-    cls: type, raw: Any, where: str, ignore_unknown: bool = False, lowest: int | None = None
-) -> Any:
-    """A dataclass from a JSON object; ValueError names an unknown field, or a wrong value."""
+def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool = False) -> Any:
+    """A dataclass from a JSON object. extra: it may hold more; sizes: no integer is below 1."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     unknown = sorted(raw.keys() - types.keys())
-    if unknown and not ignore_unknown:
+    if unknown and not extra:
         raise ValueError(f"{where} has unknown fields {unknown}; known are {', '.join(types)}")
     values = {name: raw[name] for name in types if name in raw}
     for name, value in values.items():
@@ -70,8 +67,8 @@ def from_json(
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ValueError(f"{where}: {name} is {value}, wanted a number from 0 on")
         highest = 1000 if name in ("num_hidden_layers", "depth") else 10**7
-        if lowest is not None and type(value) is int and not lowest <= value <= highest:
-            raise ValueError(f"{where}: {name} is {value}, wanted {lowest} to {highest}")
+        if sizes and type(value) is int and not 1 <= value <= highest:
+            raise ValueError(f"{where}: {name} is {value}, wanted 1 to {highest}")
     return cls(**values)
 
 
@@ -139,16 +136,12 @@ SUPPORTED_TEXT |= {"rope_scaling": (None, {"rope_type": "default"}, {"type": "de
 
 @dataclass(frozen=True)
 class LVLMConfig:
-    """LLaVA-1.5: what config.json says, and everything in which architectures differ.
-
-    Another architecture is a subclass that overrides what differs and stands in ARCHITECTURES
-    (docs/extending.md; extras/qwen2_vl.py is one).
-    """
+    """LLaVA-1.5: what config.json says. Another architecture is a subclass (docs/extending.md)."""
 
     vision: VisionConfig
     decoder: DecoderConfig
     image_token_id: int
-    eos_token_id: int | list = 2  # any of a list ends an answer; the first ends long captions
+    end_tokens: list = field(default_factory=[2].copy)  # the first ends long captions
     bos_token_id: int | None = 1  # None: sequences begin with no special token
     vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, ...]
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as read
@@ -175,20 +168,17 @@ class LVLMConfig:
         text = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
         text |= {"bos_token_id": 1, "eos_token_id": 2} | raw["text_config"] | rope
         vision = raw["vision_config"]
+        ends = text["eos_token_id"]
         fields = {
-            "vision": from_json(VisionConfig, vision, "config.json vision_config", True, 1),
-            "decoder": from_json(DecoderConfig, text, "config.json text_config", True, 1),
+            "vision": from_json(VisionConfig, vision, "config.json vision_config", True, True),
+            "decoder": from_json(DecoderConfig, text, "config.json text_config", True, True),
             "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
             "vision_feature_layer": raw.get("vision_feature_layer", -2),
             "bos_token_id": text["bos_token_id"],
-            "eos_token_id": text["eos_token_id"],
+            "end_tokens": ends if isinstance(ends, list) else [ends],
             "raw": raw,
         }
         return from_json(cls, fields, "config.json")
-
-    @property
-    def end_tokens(self) -> list[int]:
-        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     # Phi_v from what stack_images returns to features, g, and Phi_l
 
@@ -372,15 +362,14 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         width = config.hidden_size
-        bias = config.qkv_bias
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         self.layer = layer
         self.head_dim = config.head_dim
         self.group_size = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(width, query_width, bias)
-        self.k_proj = nn.Linear(width, key_width, bias)
-        self.v_proj = nn.Linear(width, key_width, bias)
+        self.q_proj = nn.Linear(width, query_width, config.qkv_bias)
+        self.k_proj = nn.Linear(width, key_width, config.qkv_bias)
+        self.v_proj = nn.Linear(width, key_width, config.qkv_bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
 
     def project(self, x: Tensor, rotary: tuple) -> tuple[Tensor, Tensor, Tensor]:
@@ -400,12 +389,10 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        # of the fused kernels on a GPU, FlashAttention alone lets queries share keys
-        shared = self.group_size > 1
-        if shared and x.device.type != "cpu" and (mask is not None or x.dtype == torch.float32):
+        # of the fused kernels on a GPU, FlashAttention alone lets several queries share keys
+        if self.group_size > 1:
             k, v = (heads.repeat_interleave(self.group_size, dim=1) for heads in (k, v))
-            shared = False
-        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": shared}
+        options = {"attn_mask": mask, "is_causal": mask is None}
         attended = F.scaled_dot_product_attention(q, k, v, **options)  # (B, H, T, K)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
@@ -433,9 +420,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, x: Tensor, rotary: tuple, cache: KVCache | None = None, state_index: Tensor = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, cache=None, state_index: Tensor = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         # no later layer mixes tokens: the last MLP runs only for the states that are wanted
         if state_index is not None:
@@ -464,14 +449,11 @@ class Decoder(nn.Module):
     def forward(
         self,
         inputs_embeds: Tensor,
-        position_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,  # (B or 1, T) of the rotation; None: 0 .. T - 1
         cache: KVCache | None = None,
         state_index: Tensor | None = None,
     ) -> Tensor:
-        """position_ids: (B or 1, T) rotary positions, None: 0 .. T - 1.
-
-        state_index: (M,) flat indices b T + t of the states to return, (M, D); None: (B, T, D).
-        """
+        """The states at state_index, (M,) flat indices b T + t, as (M, D); None: all, (B, T, D)."""
         x = inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
@@ -521,43 +503,39 @@ def generate(
     inputs_embeds: Tensor,
     lengths: Tensor,
     max_new_tokens: int,
-    position_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,  # as the decoder's
 ) -> list[list[int]]:
-    """Greedy decoding of a batch with the key-value cache.
+    """Greedy decoding with the key-value cache: B lists of token ids, without their end tokens.
 
-    inputs_embeds: (B, T, D), right-padded; lengths: (B,) real tokens of each row; position_ids: as
-    the decoder's. Returns B lists of token ids, each ending before its first end-of-sequence token.
+    inputs_embeds: (B, T, D), right-padded; lengths: (B,) real tokens of each row.
     """
     batch_size, width = inputs_embeds.shape[:2]
     limit = lvlm.config.decoder.max_position_embeddings
     if max_new_tokens < 1 or width + max_new_tokens > limit:
         raise ValueError(f"{width} + {max_new_tokens} new tokens: wanted 1 or more, {limit} in all")
-    device = inputs_embeds.device
-    rows = torch.arange(batch_size, device=device)
+    rows = torch.arange(batch_size, device=lengths.device)
+    ends = torch.tensor(lvlm.config.end_tokens, device=lengths.device)
     cache = KVCache(lvlm.config.decoder, inputs_embeds, more=max_new_tokens)
 
     # the prompt at once; its last real token predicts the first new one
-    hidden_states = lvlm.decoder(inputs_embeds, position_ids, cache)
-    last = hidden_states[rows, lengths - 1]  # (B, D)
+    last = lvlm.decoder(inputs_embeds, position_ids, cache)[rows, lengths - 1]  # (B, D)
     next_position = lengths  # (B,) rotary position of the first new token
     if position_ids is not None:
         next_position = position_ids[..., rows, lengths - 1].reshape(-1, batch_size).amax(0) + 1
 
     # then one token at a time
-    tokens = []
-    ends = lvlm.config.end_tokens
-    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    answers = lengths.new_zeros(batch_size, 0)
     for step in range(max_new_tokens):
-        token = lvlm.lm_head(last).argmax(-1)  # (B,)
-        tokens.append(token)
-        finished |= torch.isin(token, torch.tensor(ends, device=device))
-        if step % 8 == 7 and finished.all():  # each question makes the host wait for the device
+        token = lvlm.lm_head(last).argmax(-1, keepdim=True)  # (B, 1)
+        answers = torch.cat([answers, token], dim=1)
+        # not at each step: the question makes the host wait for the device
+        if step % 8 == 7 and torch.isin(answers, ends).any(1).all():
             break
         cache.position = (lengths + step)[:, None]
         position = (next_position + step)[:, None]
-        last = lvlm.decoder(lvlm.decoder.embed_tokens(token[:, None]), position, cache)[:, 0]
-    answers = torch.stack(tokens, dim=1).tolist()
-    return [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
+        last = lvlm.decoder(lvlm.decoder.embed_tokens(token), position, cache)[:, 0]
+    ends = lvlm.config.end_tokens
+    return [list(takewhile(lambda token: token not in ends, row)) for row in answers.tolist()]
 
 
 # ----------------------------------------------------------------------------- loading weights
@@ -618,21 +596,16 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, Tensor], problem:
         elif name not in wanted:
             problems.append(f"{name} is unexpected")
         elif tensors[name].shape != wanted[name].shape:
-            shapes = f"{tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
-            problems.append(f"{name} is {shapes}")
+            problems.append(f"{name} is {[*tensors[name].shape]}, wanted {[*wanted[name].shape]}")
     if problems:
-        problem = f"{problem}: {len(problems)} tensors differ"
-        raise ValueError(f"{problem}: {'; '.join(problems[:12])}")
+        raise ValueError(f"{problem}: {len(problems)} tensors differ: {'; '.join(problems[:12])}")
 
 
 def load_lvlm(
     folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, shard: bool = False
 ) -> LVLM:
-    """The LVLM in a model folder, frozen, on one device in one dtype.
-
-    dtype None: bfloat16 on CUDA and for more than 3 billion parameters, float32 otherwise.
-    shard: the decoder's blocks stay in their files, memory-mapped.
-    """
+    """The LVLM in a model folder, frozen. dtype None: float32, or bfloat16 if large or on CUDA."""
+    # shard: the decoder's blocks stay in their files, memory-mapped
     config = parse_config(read_json(Path(folder) / "config.json"))
     with torch.device("meta"):  # shapes without memory
         lvlm = LVLM(config)
@@ -641,8 +614,7 @@ def load_lvlm(
         dtype = torch.bfloat16 if large or torch.device(device).type == "cuda" else torch.float32
     keys = []
     for path in shard_files(folder):
-        names = open_safetensors(path).keys()
-        keys += [(path, key) for key in names if not key.endswith(IGNORED_KEYS)]
+        keys += [(path, k) for k in open_safetensors(path).keys() if not k.endswith(IGNORED_KEYS)]
     # each tensor is copied once, from the memory-mapped file to its place
     state = {}
     for path, key in tqdm(keys, "loading weights", leave=False, disable=None):
@@ -661,8 +633,7 @@ def load_lvlm(
     if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["decoder.embed_tokens.weight"]
     # all keys and shapes are compared, and what differs is listed, before anything runs
-    problem = f"the weights of {folder} do not fit its config.json"
-    check_shapes(state, lvlm.state_dict(), problem)
+    check_shapes(state, lvlm.state_dict(), f"the weights of {folder} do not fit its config.json")
     lvlm.load_state_dict(state, assign=True)
     if config.decoder.tie_word_embeddings:
         lvlm.lm_head.weight = lvlm.decoder.embed_tokens.weight

@@ -5,9 +5,8 @@
     torchrun --nproc-per-node 8 train.py --model llava-1.5-7b ...  # the same gradient
     python train.py --out runs/mine --resume  # goes on after a stop
 
-Writes OUT/adapter.safetensors, config.json, metrics.jsonl, bad_rows.txt, scores.json, report.png
-and OUT/checkpoints. Not here: losses (vladva.py), metrics (eval.py), the paper's ablation and the
-memory of a run at full size (extras/ablation.py, extras/plan.py).
+Writes OUT/adapter.safetensors, config.json, metrics.jsonl, scores.json, report.png, checkpoints.
+Not here: losses (vladva.py), metrics (eval.py), the ablation (extras).
 """
 
 import argparse
@@ -29,18 +28,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 from data import flag, rank_and_world_size, say, write_json
-from eval import HeldOutPairs, open_data, report
+from eval import BadRows, HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
-from vladva import LOSSES, Embeddings, VladVA, VladVAConfig, next_token_loss
+from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss
 
-TRAIN_DTYPES = ("float32", "bfloat16")  # small gradients would be 0 in float16
 HEAD_CHUNK = 1024  # rows of logits that exist at a time
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
 MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
@@ -64,14 +61,14 @@ class TrainConfig:
     shard: bool = flag(False, "split frozen weights over the processes, for models over one GPU")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
-    lr: float | None = flag(None, "LoRA's peak rate (default: 2e-4 x 4096 / decoder width)", low=0)
+    lr: float | None = flag(None, "peak (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30)
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm; ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str | None = flag(None, "of weights (default: bfloat16 on cuda)", choices=TRAIN_DTYPES)
-    num_workers: int | None = flag(None, "processes that make batches (default: 8 on cuda)", low=0)
+    dtype: str | None = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
+    num_workers: int | None = flag(None, "that make batches (default: 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept
@@ -96,27 +93,26 @@ def train(
     model = VladVA.from_pretrained(config.model, None, device, dtype, method, config.shard)
     model.attach(config.seed)
     if config.shard:
+        from extras.shard import shard_blocks
+
         shard_blocks(model)
-    if method.loss not in LOSSES:
-        raise ValueError(f"--loss is {method.loss!r}, known are {', '.join(LOSSES)}")
-    bad_rows = data.BadRows()
+    model.loss  # noqa: B018 - refuses a name that is none
+    bad_rows = BadRows()
     rows, held_out = (open_rows or open_data)(config, model, bad_rows)
     # nothing is written before all that was asked for is known to be possible
     config = resolve(config, model, rows)
     trained = sum(p.numel() for p in model.trained_parameters().values())
     total = sum(p.numel() for p in model.parameters())
-    epochs = config.steps * config.batch_size / len(rows)
     with run_folder(config, method, resume) as out:
         say(f"{trained:,} parameters trained + {total - trained:,} frozen = {total:,}")
-        say(f"{config.steps:,} steps of {config.batch_size}: {epochs:.2f} epochs of {len(rows):,}")
+        say(f"{config.steps:,} steps of {config.batch_size} of the {len(rows):,} rows")
         bad_rows.write_to(out / "bad_rows.txt")
         # the untouched model, also where a run goes on
         with model.adapter_disabled():
             before = held_out.measure(model) if len(held_out) > 1 else None
         adapt(model, rows, held_out, bad_rows, config)
         say(f"written: {out}/adapter.safetensors")
-        with torch.compiler.set_stance("force_eager"):
-            return report(out, held_out, before, held_out.measure(model)) if before else {}
+        return report(out, held_out, before, held_out.measure(model)) if before else {}
 
 
 def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
@@ -135,12 +131,16 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
     bar = tqdm(total=config.steps, initial=done, desc="adapting", disable=rank > 0 or None)
     began = saved = time.monotonic()
     with stoppable(out) as received, metrics, bar:
-        for step, batch in enumerate(step_loader(model, rows, config, done + 1), start=done + 1):
-            line = run_step(model, batch, optimizer, step, config)
-            measured = len(held_out) > 1 and step % (config.eval_every or config.steps) == 0
-            if measured and step < config.steps:
-                with torch.compiler.set_stance("force_eager"):  # a cache is a graph for each block
-                    line["held_out"] = held_out.measure(model).scores
+        loader = step_loader(model, rows, config, done + 1)
+        for step, (micro_batches, where, bad) in enumerate(loader, start=done + 1):
+            line = run_step(model, micro_batches, optimizer, step, config)
+            # here, and not later: a broken model is never saved
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
+                names = ", ".join(where)[:800]
+                raise ValueError(f"step {step}: {problem}; rows {names}; lower --lr")
+            if config.eval_every and step % config.eval_every == 0 and len(held_out) > 1:
+                line["held_out"] = held_out.measure(model).scores
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             bar.update()
@@ -148,7 +148,7 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
                 minutes = (time.monotonic() - began) / 5 * (config.steps - step) / 60
                 say(f"about {minutes:.0f} minutes to go ({minutes / 60:.1f} hours)")
             # all processes take the same decision to stop
-            bad_rows.add(data.all_gather_strings(batch.bad))
+            bad_rows.add(data.all_gather_strings(bad))
             num_signals = torch.tensor(len(received), device=model.lvlm.device)
             stopped = data.all_reduce_sum(num_signals).item()
             problem = bad_rows.problem(step * config.batch_size)
@@ -167,28 +167,23 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
         model.save_adapter(out)
 
 
-# Returns the line of metrics.jsonl; ValueError when the step has broken the model.
-def run_step(model: VladVA, batch: "StepBatch", optimizer: AdamW, step: int, config) -> dict:
+# Returns the line of metrics.jsonl.
+def run_step(model: VladVA, micro_batches: list, optimizer: AdamW, step: int, config) -> dict:
     start = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_scale(step, config)
     try:
-        losses = train_step(model, batch.micro_batches, optimizer, config)
+        losses = train_step(model, micro_batches, optimizer, config)
     except torch.OutOfMemoryError as error:
-        problem = f"step {step}: {str(error).split(' GPU ')[0]} --micro-batch-size is"
-        remedies = "try half of it, --gradient-caching, or --gradient-checkpointing"
-        raise ValueError(f"{problem} {config.micro_batch_size}: {remedies}") from None
+        remedy = f"--micro-batch-size is {config.micro_batch_size}: try half of it"
+        raise ValueError(f"step {step}: {str(error).split(' GPU ')[0]} {remedy}") from None
     line = {"step": step} | {name: value.item() for name, value in losses.items()}
     line["lr"] = optimizer.param_groups[0]["lr"]
     line["step_s"] = time.perf_counter() - start
-    line["tokens_per_s"] = sum(part.num_tokens for part in batch.micro_batches) / line["step_s"]
+    line["tokens_per_s"] = sum(part.num_tokens for part in micro_batches) / line["step_s"]
     line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
     if model.lvlm.device.type == "cuda":
         line["peak_bytes"] = torch.cuda.max_memory_allocated(model.lvlm.device)
-    # here, and not later: a broken model is never saved
-    if not math.isfinite(line["loss"] + line["grad_norm"]):
-        problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
-        raise ValueError(f"step {step}: {problem}; rows {batch.where!s:.500}; lower --lr")
     return line
 
 
@@ -199,15 +194,11 @@ def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config) -> 
     grad_norm = nn.utils.clip_grad_norm_(model.trained_parameters().values(), config.max_grad_norm)
     optimizer.step()
     loss = contrastive + model.config.next_token_weight * next_token
-    losses = {"loss": loss, "contrastive": contrastive, "next_token": next_token}
-    return losses | {"grad_norm": grad_norm}
+    return dict(loss=loss, contrastive=contrastive, next_token=next_token, grad_norm=grad_norm)
 
 
 def backward(model: VladVA, micro_batches: list, gradient_caching: bool) -> tuple[Tensor, Tensor]:
-    """Add the gradient of one batch's loss to every trained parameter; returns (Eq. 1, Eq. 2).
-
-    It is that of `model(batch).backward()` for the whole batch of all processes.
-    """
+    """The gradient of `model(batch).backward()` for the batch of all processes; (Eq. 1, Eq. 2)."""
     device = model.lvlm.device
     # Eq. 1 needs all embeddings at once, but its gradient reaches the model through them alone: the
     # chain rule may be cut there (gradient caching, Gao et al., 2021, arXiv 2101.06983). With
@@ -289,8 +280,7 @@ def make_optimizer(model: VladVA, config: TrainConfig) -> AdamW:
     groups = []
     for name, parameters in model.parameter_groups().items():
         rate = config.soft_prompt_lr if name == "soft_prompts" else config.lr
-        if parameters:
-            groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate})
+        groups.append({"params": list(parameters.values()), "lr": rate, "peak_lr": rate})
     return AdamW(groups, weight_decay=0.0, fused=model.lvlm.device.type != "meta")
 
 
@@ -300,23 +290,6 @@ def lr_scale(step: int, config: TrainConfig) -> float:
     if step <= warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-
-
-def shard_blocks(model: VladVA) -> None:
-    """Split the blocks' frozen weights over the processes; one that runs is gathered (FSDP2)."""
-    if rank_and_world_size()[1] == 1:
-        raise ValueError("--shard splits over processes, here is one: start it with torchrun")
-    decoder, dtype = model.lvlm.decoder, model.lvlm.dtype
-    # LoRA stays whole, and with it the optimizer, clipping and checkpoints as they are
-    trained = set(model.trained_parameters().values())
-    for block in tqdm(decoder.layers, "sharding", leave=False, disable=None):
-        # from the file at this moment: no process ever holds the whole model
-        for p in block.parameters():
-            p.data = p.data.to(model.lvlm.device, p.dtype if p in trained else dtype)
-        fully_shard(block, ignored_params=trained)
-    # what knows the order of the blocks gathers the next one while one runs
-    fully_shard(decoder, ignored_params=set(decoder.parameters()))
-    model.sharded = True
 
 
 def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
@@ -329,16 +302,10 @@ def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
             block.compile()
 
 
-# What one process works on in one step.
-@dataclass(frozen=True)
-class StepBatch:
-    micro_batches: list[data.TrainingBatch]  # on the host
-    where: list[str]  # names of the rows
-    bad: list[str]  # what was wrong with rows that were replaced
-
-
 class Steps:
-    """Step number -> StepBatch. What is random is a function of (seed, step): a run can go on."""
+    """Step number -> (micro-batches, names of their rows, what is wrong with rows left out)."""
+
+    # What is random is a function of (seed, step): a run can go on.
 
     def __init__(self, model: VladVA, rows: data.Pairs, config: TrainConfig):
         self.model = model
@@ -364,7 +331,7 @@ class Steps:
                 bad.append(str(error))
         raise ValueError(f"1000 rows in succession cannot be used; the last: {bad[-1]}")
 
-    def __getitem__(self, step: int) -> StepBatch:
+    def __getitem__(self, step: int) -> tuple[list[data.TrainingBatch], list[str], list[str]]:
         rank, world_size = rank_and_world_size()
         size = self.config.batch_size
         # an epoch has no last incomplete batch; each process takes every n-th row of a batch
@@ -379,7 +346,7 @@ class Steps:
         for start in range(0, -(-size // world_size), self.config.micro_batch_size):
             part = rows[start : start + self.config.micro_batch_size]
             micro_batches.append(self.model.training_batch(part))
-        return StepBatch(micro_batches, [row["where"] for row in rows], bad)
+        return micro_batches, [row["where"] for row in rows], bad
 
 
 # torchrun signals all processes at once: those that make batches end with the one that trains.
@@ -388,16 +355,15 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[StepBatch]:
-    """StepBatch of every step from `first_step` on, made ahead if there are worker processes."""
-    steps = Steps(model, rows, config)
-    numbers = range(first_step, config.steps + 1)
-    if not config.num_workers:
-        return map(steps.__getitem__, numbers)
+def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[tuple]:
+    """What Steps has for `first_step` and on, made ahead if there are worker processes."""
     # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
-    options = {"worker_init_fn": ignore_signals, "collate_fn": pickle.dumps, "prefetch_factor": 1}
-    options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
-    return map(pickle.loads, DataLoader(steps, batch_size=None, sampler=numbers, **options))
+    options = {"batch_size": None, "collate_fn": pickle.dumps}
+    if config.num_workers:
+        options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
+        options |= {"worker_init_fn": ignore_signals, "prefetch_factor": 1}
+    numbers = range(first_step, config.steps + 1)
+    return map(pickle.loads, DataLoader(Steps(model, rows, config), sampler=numbers, **options))
 
 
 def cuda_mode(memory: float) -> dict:
@@ -450,18 +416,16 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
 @contextlib.contextmanager
 def stoppable(out: Path) -> Iterator[list]:
     received = []
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    except (ValueError, OSError) as error:
-        saved = checkpoints(out)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
-        raise ValueError(f"{error}; {last}") from error
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.signal(number, lambda number, frame: received.append(number))
+            stack.callback(signal.signal, number, handler)
+        try:
+            yield received
+        except (ValueError, OSError) as error:
+            saved = checkpoints(out)
+            last = f"the last checkpoint is {saved[-1]}" if saved else f"no checkpoint in {out}"
+            raise ValueError(f"{error}; {last}") from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -492,9 +456,8 @@ def load_checkpoint(out: Path, model: VladVA, optimizer: AdamW) -> int:
     # all shapes first: a wrong one in AdamW's state would crash its kernel
     wanted = {}
     for name, p in model.trained_parameters().items():
+        wanted |= {f"{name}.{kind}": p for kind in ("value", "exp_avg", "exp_avg_sq")}
         wanted[f"{name}.step"] = torch.zeros(())
-        for kind in ("value", "exp_avg", "exp_avg_sq"):
-            wanted[f"{name}.{kind}"] = p
     check_shapes(tensors, wanted, f"{path} does not fit this run")
     for name, p in model.trained_parameters().items():
         p.data.copy_(tensors[f"{name}.value"])
@@ -528,8 +491,8 @@ def run_folder(config: TrainConfig, method: VladVAConfig, resume: bool) -> Itera
 
 def configs_from_flags(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     """(TrainConfig, VladVAConfig) of {field: value}; other fields keep their defaults."""
-    config = from_json(TrainConfig, flags, "train", ignore_unknown=True)
-    return config, from_json(VladVAConfig, flags, "method", ignore_unknown=True)
+    config = from_json(TrainConfig, flags, "train", extra=True)
+    return config, from_json(VladVAConfig, flags, "method", extra=True)
 
 
 def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
@@ -538,9 +501,7 @@ def read_run(flags: dict) -> tuple[TrainConfig, VladVAConfig]:
     run = read_json(Path(out) / "config.json")
     missing = {f.name for f in (*fields(TrainConfig), *fields(VladVAConfig))} - run.keys()
     if missing:
-        raise ValueError(
-            f"{out}/config.json lacks {', '.join(sorted(missing))}: no run of train.py"
-        )
+        raise ValueError(f"{out}/config.json is no run's: it lacks {', '.join(sorted(missing))}")
     for name, value in flags.items():
         if name not in MAY_CHANGE and run.get(name) != value:
             raise ValueError(f"{out} cannot go on: {name} was {run.get(name)!r}, not {value!r}")

@@ -28,18 +28,7 @@ from torch import Tensor, nn
 import data
 from data import flag
 from lora import attach_lora, lora_disabled
-from model import (
-    DTYPES,
-    LVLM,
-    KVCache,
-    check_shapes,
-    from_json,
-    generate,
-    load_lvlm,
-    parse_json,
-    read_json,
-    read_tensors,
-)
+from model import DTYPES, LVLM, KVCache, check_shapes, from_json, generate, load_lvlm
 
 # ------------------------------------------------------------------------ Sec. 3.1: embeddings
 
@@ -84,10 +73,10 @@ def contrastive_loss(image_emb: Tensor, text_emb: Tensor, temperature: float | T
 def next_token_loss(
     hidden_states: Tensor, targets: Tensor, head_weight: Tensor, total: int | None = None
 ) -> Tensor:
-    """-mean log p(u_i | x_v, x_p, u_<i) over caption tokens (paper, Eq. 2; the mean is ours).
+    """-mean log p(u_i | x_v, x_p, u_<i) over caption tokens (paper, Eq. 2; the mean is ours), 0-d.
 
     hidden_states: (M, D), those that predict; targets: (M,) token ids; head_weight: (V, D); total:
-    the tokens of the whole batch, when this is a part of it. Returns a 0-d loss in nats per token.
+    the tokens of the whole batch, when this is a part of it.
     """
     total = len(targets) if total is None else total
     if total == 0:
@@ -152,8 +141,7 @@ class VladVAConfig:
     learn_temperature: bool = flag(False, "train tau as well")
     next_token_weight: float = flag(1.0, "weight of Eq. 2", low=0)  # the paper reads as a plain sum
     image_mode: str = flag("crop", "crop or pad", choices=("crop", "pad"))  # pad: original LLaVA
-    # of an image, Qwen2-VL only; None: as the model's folder says
-    min_pixels: int | None = flag(None, help="", low=1)
+    min_pixels: int | None = flag(None, help="", low=1)  # of an image, Qwen2-VL only
     max_pixels: int | None = flag(None, help="", low=1)
 
     def __post_init__(self):
@@ -179,7 +167,6 @@ class VladVA(nn.Module):
         self.soft_prompts = nn.ParameterDict()
         self.loss_parameters = nn.ParameterDict()
         self.adapted = False
-        self.sharded = False
 
     @classmethod
     def from_pretrained(
@@ -189,15 +176,16 @@ class VladVA(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         config: VladVAConfig | None = None,  # an adapter brings its own
-        shard: bool = False,  # for train.shard_blocks, as load_lvlm's
+        shard: bool = False,  # as load_lvlm's
     ) -> "VladVA":
         """A model by name, hub id or folder, with the adapter of a training run if one is named."""
         folder = data.model_folder(name)
         merged = folder / "vladva.json"  # of a folder that extras/export.py wrote
         if adapter is not None:
-            tensors, config = read_adapter(adapter)
+            tensors, raw = data.read_adapter(adapter)
+            config = from_json(VladVAConfig, raw, f"{adapter}/adapter.safetensors")
         elif config is None and merged.exists():
-            config = from_json(VladVAConfig, read_json(merged).get("config"), str(merged))
+            config = from_json(VladVAConfig, data.read_json(merged).get("config"), str(merged))
         config = config or VladVAConfig()
         lvlm = load_lvlm(folder, device, dtype, shard)
         tokenizer = data.Tokenizer(folder, lvlm.config)
@@ -260,13 +248,10 @@ class VladVA(nn.Module):
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside the context this is the untouched LVLM with its hand prompts, bit for bit."""
-        before = self.adapted
-        self.adapted = False
-        try:
-            with lora_disabled(self.lvlm.decoder):
-                yield
-        finally:
-            self.adapted = before
+        with lora_disabled(self.lvlm.decoder), contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "adapted", self.adapted)
+            self.adapted = False
+            yield
 
     # ------------------------------------------------------------------ templates and batches
 
@@ -313,9 +298,7 @@ class VladVA(nn.Module):
         caption = self.tokenizer.validate_text(caption)
         return self.sequence(self.config.text_template, self.config.text_prompt, caption)
 
-    def image_batch(
-        self, images: list[Image], long_captions: list | None = None
-    ) -> tuple[Any, data.Batch]:
+    def image_batch(self, images: list[Image], long_captions: list | None = None) -> tuple:
         """RGB images, each with its long caption or None -> (stacked images, Batch)."""
         pixels = [self.image_processor(image) for image in images]
         sequences = []
@@ -332,8 +315,8 @@ class VladVA(nn.Module):
         image_rows = [row for row in rows if row["image"] is not None]
         images = [row["image"] for row in image_rows]
         # Eq. 1 is on the images that have a short caption
-        image_of_text = [index for index, row in enumerate(image_rows) if row["short"]]
-        image_of_text = image_of_text if "pairs" in self.loss.inputs else []
+        wanted = "pairs" in self.loss.inputs
+        image_of_text = [i for i, row in enumerate(image_rows) if wanted and row["short"]]
         short_captions = [image_rows[index]["short"] for index in image_of_text]
         # Eq. 2 is on the long captions; at weight 0 none is read
         captions = [row["long"] if self.config.next_token_weight else None for row in image_rows]
@@ -378,11 +361,6 @@ class VladVA(nn.Module):
     def embed_batch(self, batch: data.TrainingBatch) -> tuple[Embeddings, Tensor]:
         """Embeddings of a TrainingBatch, and the states (M, D) that predict its caption tokens."""
         nothing = torch.zeros(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
-        # with split blocks all processes run equally many forwards: of a word for what is missing
-        missing = [batch.images, batch.texts, batch.further_texts].count(None) - 2
-        for _ in range(missing + len(self.loss.inputs) if self.sharded else 0):
-            word = self.text_batch(["a"]).to(nothing.device)
-            nothing = nothing + self.hidden_states(word, "text")[0][:0]
         image_emb = text_emb = texts_emb = caption_states = nothing
         if batch.images:
             summary, caption_states = self.hidden_states(batch.images, "image", batch.pixels)
@@ -444,9 +422,7 @@ class VladVA(nn.Module):
         return emb
 
     @torch.no_grad()
-    def generate_batch(
-        self, images: Sequence, prompts: list[str], max_new_tokens: int = 128
-    ) -> list[str]:
+    def generate_batch(self, images: list, prompts: list, max_new_tokens: int = 128) -> list[str]:
         """Greedy answers to one prompt per image, in the model's own template."""
         pixels = []
         sequences = []
@@ -482,25 +458,8 @@ class VladVA(nn.Module):
         if self.config.loss not in LOSSES:
             tensors = {k: t for k, t in tensors.items() if not k.startswith("loss_parameters.")}
         check_shapes(tensors, parameters, f"{source} does not fit {self.name}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """Tensors and config of a run's adapter.safetensors, or of a folder in peft's format."""
-    path = Path(folder) / "adapter.safetensors"
-    if not path.exists() and (path.parent / "adapter_config.json").exists():
-        from extras.export import read_peft_adapter
-
-        return read_peft_adapter(folder)
-    if not path.exists():
-        raise ValueError(f"{path} not found: --adapter wants a training run's folder, or peft's")
-    tensors, metadata = read_tensors(path)
-    if "adapter" not in metadata:
-        raise ValueError(f"{path} carries no config: it was not written by this project")
-    about = parse_json(metadata["adapter"], path)
-    return tensors, from_json(VladVAConfig, about.get("config"), str(path))
+        for name, tensor in tensors.items():
+            parameters[name].data.copy_(tensor)
 
 
 def load_model(args: argparse.Namespace) -> VladVA:

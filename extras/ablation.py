@@ -18,7 +18,7 @@ from tqdm import tqdm
 import data
 import train
 from data import write_json
-from eval import open_data
+from eval import BadRows, open_data
 from extras.plots import save_figure
 from model import read_json
 from vladva import VladVA, VladVAConfig
@@ -102,7 +102,7 @@ def ablate(config: train.TrainConfig, method: VladVAConfig, seeds: int, jobs: in
         of_row = [result["after"] for run, result in zip(runs, results) if run[0] == row]
         table[row] = collect(of_row)
     write_json(out / "ablation.json", {"seeds": seeds, "rows": table})
-    (out / "ablation.md").write_text(markdown_table(table), encoding="utf-8")
+    data.write_text(out / "ablation.md", markdown_table(table))
     data.say(f"{markdown_table(table)}\nwritten: {out}/ablation.json, ablation.md")
     save_figure(out / "ablation.png", draw_ablation, table)
     return table
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError("wanted --loss vladva, to compare its parts, and --holdout 2 or more")
     # what cannot be trained on is refused before anything is written
     model = VladVA.from_pretrained(config.model, config=method)
-    open_data(config, model, data.BadRows())
+    open_data(config, model, BadRows())
     with train.run_folder(config, method, resume):
         return ablate(config, method, seeds, jobs)
 

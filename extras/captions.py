@@ -21,6 +21,7 @@ from pathlib import Path
 
 import data
 from data import MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, BadRow, say, write_whole
+from eval import BadRows
 from model import parse_config, read_json
 from vladva import VladVA, VladVAConfig, load_model
 
@@ -251,7 +252,7 @@ def fill(args: argparse.Namespace) -> None:
     num_done = open_part(part, args) if rank == 0 else 0
     num_done = int(data.all_gather_strings([str(num_done)])[0])
     say(f"{args.pairs}: {len(pairs) - num_done:,} of {len(pairs):,} rows are left")
-    bad_rows = data.BadRows()
+    bad_rows = BadRows()
     num_rows = 0
     num_together = args.batch_size * world_size
     for indices in data.batches(range(num_done, len(pairs)), num_together, "captioning"):

@@ -41,14 +41,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for path in sorted(folder.glob("pytorch_model*.bin")) or model.shard_files(folder):
         try:
+            if not path.is_file():  # as a pipe, on which reading would wait
+                raise EOFError("not a file")
             if path.suffix == ".bin":
                 part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             else:
                 part = load_file(path)
         except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} is broken, or holds more than tensors: {error!s:.90}"
-            ) from None
+            problem = f"{path} is broken, or holds more than tensors: {error!s:.90}"
+            raise ValueError(problem) from None
         for key, tensor in part.items():
             if key.startswith(IGNORED) or key.endswith(model.IGNORED_KEYS):
                 continue
@@ -86,6 +87,8 @@ def convert(source: Path, out: Path) -> None:
     settings = model.read_json(clip / "preprocessor_config.json")
     # <image> and <pad> follow the words, as in the configuration above
     path = source / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: take Llama 2's or llava-hf's")
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except ValueError as error:
@@ -112,7 +115,7 @@ def convert(source: Path, out: Path) -> None:
         folder = Path(aside) / "model"
         folder.mkdir()
         data.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        tokenizer.save(str(folder / "tokenizer.json"))
+        data.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
         data.write_json(folder / "preprocessor_config.json", settings)
         data.write_json(folder / "config.json", config.raw)
         folder.rename(out)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import data
 import train
-from eval import open_data
+from eval import BadRows, open_data
 from extras import scenes
 from vladva import LOSSES, Embeddings, VladVA, image_text_loss, similarity
 
@@ -106,7 +106,7 @@ class TextRows:
         return {"image": None, "short": None, "long": None, "where": where, "texts": texts}
 
 
-def open_rows(config: train.TrainConfig, model: VladVA, bad_rows: data.BadRows, text_data: str):
+def open_rows(config: train.TrainConfig, model: VladVA, bad_rows: BadRows, text_data: str):
     """(rows to train on, what is held out); text_data: scenes, or a CSV file."""
     pairs, held_out = open_data(config, model, bad_rows)
     pairs = None if model.config.loss == "text-text" else pairs

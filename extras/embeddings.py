@@ -32,6 +32,8 @@ def load(path: str, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
     Where the file holds "images" (file names) or "texts" too, they must be the benchmark's.
     """
     try:
+        if not Path(path).is_file():  # nor is a pipe, on which reading would wait
+            raise ValueError("no such file")
         with np.load(path) as file:
             image_emb = read_rows(file, "image", [Path(image).name for image in benchmark.images])
             text_emb = read_rows(file, "text", benchmark.texts)

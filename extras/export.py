@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 import data
@@ -51,7 +52,10 @@ def hub_key(name: str, config: LVLMConfig) -> str:
 def save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size="5GB", **options) -> None:
     """Write {name in the hub's layout: tensor} as model.safetensors, or as shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, **options)
+    try:
+        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, **options)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{folder}: the weights could not be written ({error})") from None
     # safetensors 0.8 lets nobody else read what it writes
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)
@@ -175,11 +179,6 @@ qalora_group_size""".split()
 def save_peft_adapter(model: VladVA, embeddings: dict[int, Tensor], folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors: LoRA, and rows for the added tokens."""
     ids = list(embeddings)
-    # without weights of its own the folder can only change rows that the base has
-    spare = model.lvlm.config.decoder.vocab_size - min(ids, default=0)
-    if len(ids) > spare:
-        problem = f"{model.name} has {spare} spare embeddings, the soft prompts need {len(ids)}"
-        raise ValueError(f"{problem}: export it merged, without --adapter-only")
     base = data.MODELS.get(model.name, model.name)
     adapter_config = {
         "peft_type": "LORA",
@@ -207,7 +206,7 @@ def save_peft_adapter(model: VladVA, embeddings: dict[int, Tensor], folder: Path
 
 
 def read_peft_adapter(folder: str | Path) -> tuple[dict[str, Tensor], VladVAConfig]:
-    """For vladva.read_adapter: tensors and config of an adapter in peft's format.
+    """For data.read_adapter: tensors and config of an adapter in peft's format.
 
     One that save_peft_adapter wrote comes back bit for bit. Another brings LoRA alone and gets the
     paper's hand prompts; load_adapter_state refuses it if it is more than LoRA on our layers.
@@ -280,7 +279,7 @@ transparency is dropped; PIL.ImageOps.exif_transpose(PIL.Image.open(path)) is la
 def save_processors(model: VladVA, tokenizer, config: VladVAConfig, folder: Path) -> None:
     lvlm_config = model.lvlm.config
     eos = lvlm_config.end_tokens[0]
-    tokenizer.save(str(folder / "tokenizer.json"))
+    data.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     # transformers' Llama class would rebuild the tokenizer from its vocabulary, with other ids
     # beside added tokens; this one takes tokenizer.json as it is
     described = {
@@ -315,7 +314,7 @@ def save_prompts(model: VladVA, config: VladVAConfig, folder: Path) -> None:
     # Jinja reads JSON's strings
     strings = [prompts["image"], *prompts["text"].split("{caption}")]
     template = CHAT_TEMPLATE.replace("PROMPTS", json.dumps(strings, ensure_ascii=False))
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    data.write_text(folder / "chat_template.jinja", template)
     modules = []
     for index, name in enumerate(("Transformer", "Pooling", "Normalize")):
         path = f"{index}_{name}" if index else ""
@@ -330,7 +329,7 @@ def save_prompts(model: VladVA, config: VladVAConfig, folder: Path) -> None:
 
 
 # README.md; scores: what a run's scores.json holds.
-def save_card(model: VladVA, folder: Path, scores: dict | None) -> None:
+def model_card(model: VladVA, scores: dict | None) -> str:
     table = ""
     if scores:
         table = "\n\n| held out | before | after |\n|---|---|---|"
@@ -343,8 +342,7 @@ def save_card(model: VladVA, folder: Path, scores: dict | None) -> None:
     repo = data.MODELS.get(model.name, model.name)
     base = Path(repo).name if Path(repo).is_dir() else repo
     positions = model.lvlm.config.decoder.max_position_embeddings
-    text = CARD.format(base=base, scores=table, positions=positions)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    return CARD.format(base=base, scores=table, positions=positions)
 
 
 def check_empty(folder: str | Path) -> None:
@@ -367,13 +365,21 @@ def export(
     if not model.adapted:
         raise ValueError("there is no adapter to export: load one, or train one with train.py")
     tokenizer, embeddings, config = add_tokens(model)
+    # without weights of its own the folder can only change rows that the base has
+    spare = model.lvlm.config.decoder.vocab_size - min(embeddings, default=0)
+    if adapter_only and len(embeddings) > spare:
+        problem = f"{model.name} has {spare} spare embeddings, the soft prompts need"
+        raise ValueError(f"{problem} {len(embeddings)}: export it without --adapter-only")
+    card = model_card(model, scores)
+    # config.json is written last: what a full disk leaves is no model, and may be written again
+    folder.mkdir(parents=True, exist_ok=True)
+    save_processors(model, tokenizer, config, folder)
+    save_prompts(model, config, folder)
+    data.write_text(folder / "README.md", card)
     if adapter_only:
         save_peft_adapter(model, embeddings, folder)
     else:
         save_merged(model, embeddings, folder, max_shard_size)
-    save_processors(model, tokenizer, config, folder)
-    save_prompts(model, config, folder)
-    save_card(model, folder, scores)
 
 
 @data.command

@@ -76,7 +76,7 @@ def draw_report(out: str | Path, held_out, before: Measured, after: Measured) ->
         left = 56 + half * half_width
         box = (left, curves_top + 24, left + half_width - 90, curves_top + 150)
         draw_curve(page, box, metrics, name)
-    page.save(Path(out) / "report.png")
+    data.write_whole(Path(out) / "report.png", lambda partial: page.save(partial, "PNG"))
 
 
 def draw_nearest(page, corner: tuple[int, int], held_out, query: int, measured: Measured) -> None:
@@ -106,7 +106,7 @@ def draw_curves(out: str | Path) -> None:
         left = 70 + 520 * (number % 2)
         top = 40 + 210 * (number // 2)
         draw_curve(page, (left, top, left + 420, top + 130), metrics, name)
-    page.save(Path(out) / "curves.png")
+    data.write_whole(Path(out) / "curves.png", lambda partial: page.save(partial, "PNG"))
     say(f"written: {out}/curves.png, {len(metrics)} steps; the last: {metrics[-1]}")
 
 

@@ -48,7 +48,8 @@ class Qwen2VLVisionConfig:
     def __post_init__(self):
         # half of a head turns with the row, half with the column, each by pairs of channels
         if self.embed_dim % (4 * self.num_heads) or self.token_side > 1000:
-            raise ValueError(f"config.json: embed_dim is no multiple of 4 num_heads in {self}")
+            problem = f"embed_dim {self.embed_dim}, no multiple of 4 num_heads, or huge patches"
+            raise ValueError(f"config.json: {problem} in {self}")
 
     # pixels a side of an image token
     @property
@@ -115,7 +116,7 @@ class PatchProcessor:
         fewest = config.min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
         most = config.max_pixels or settings.get("max_pixels") or size.get("longest_edge")
         least = self.vision.token_side**2
-        if type(fewest) is not int or type(most) is not int or max(fewest, least) > most:
+        if {type(fewest), type(most)} != {int} or fewest < 0 or max(fewest, least) > most:
             wanted = f"two rising integers, the second at least {least}"
             raise ValueError(f"{path}: images of {fewest!r} to {most!r} pixels, wanted {wanted}")
         self.min_pixels = fewest
@@ -254,7 +255,7 @@ class Qwen2VLConfig(LVLMConfig):
 
     vision: Qwen2VLVisionConfig
     decoder: Qwen2VLDecoderConfig
-    eos_token_id: int = 151645
+    end_tokens: list = field(default_factory=[151645].copy)
     bos_token_id: int | None = None  # config.json names one that the tokenizer never adds
 
     image_token: ClassVar[str] = "<|image_pad|>"
@@ -281,11 +282,12 @@ class Qwen2VLConfig(LVLMConfig):
         check_supported(rope, SUPPORTED_ROPE, "config.json: rotary positions")
         tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         text = text | rope | {"tie_word_embeddings": tied, "qkv_bias": True}
+        ends = text.get("eos_token_id", 151645)
         fields = {
-            "vision": from_json(Qwen2VLVisionConfig, vision, "config.json vision_config", True, 1),
-            "decoder": from_json(Qwen2VLDecoderConfig, text, "config.json text_config", True, 1),
+            "vision": from_json(Qwen2VLVisionConfig, vision, "config.json: vision", True, True),
+            "decoder": from_json(Qwen2VLDecoderConfig, text, "config.json text_config", True, True),
             "image_token_id": raw.get("image_token_id", 151655),
-            "eos_token_id": text.get("eos_token_id", cls.eos_token_id),
+            "end_tokens": ends if isinstance(ends, list) else [ends],
             "raw": raw,
         }
         return from_json(cls, fields, "config.json")

@@ -545,6 +545,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.holdout < 2:
         raise ValueError(f"--holdout {args.holdout}: at least 2 scenes are needed")
     model = load_model(args)
+    if args.json:  # what cannot be written is refused before the work
+        open(args.json, "ab").close()
     results = {"task": args.task, "model": args.model, "adapter": args.adapter, "seed": args.seed}
     if args.task == "scenes":
         held_out = HeldOutScenes(args.seed, args.holdout, model.lvlm.config.vision.image_size)

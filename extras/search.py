@@ -137,6 +137,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, help="principal components to compare (default: all)")
     parser.add_argument("--sheet", default="search.png", help="contact sheet (default: search.png)")
     args = parser.parse_args(argv)
+    sheet = Path(args.sheet).absolute()
+    if sheet.suffix.lower() not in data.IMAGE_SUFFIXES or not sheet.parent.is_dir():
+        raise ValueError(f"--sheet {sheet}: wanted .png or such, in a folder that is there")
     model = load_model(args)
     # what is wrong with a request is said before hours of work on the images
     text_emb = model.encode_text([args.text]).cpu()  # (1, D)

@@ -103,7 +103,7 @@ def testbed(model: VladVA, args: argparse.Namespace) -> tuple[list, list[str]]:
             pairs.append((scenes.render(scene, size), str(caption)))
     else:
         rows = data.Pairs(args.data, model.tokenizer)
-        for row in benchmarks.hold_out(rows, args.items, data.BadRows()):
+        for row in benchmarks.hold_out(rows, args.items, benchmarks.BadRows()):
             pairs.append((row["image"], row["short"][0]))
     if len(pairs) < 2:
         raise ValueError(f"{args.data} gives {len(pairs)} captioned rows: at least 2 are needed")
@@ -164,24 +164,26 @@ def column(rows: list[dict], name: str) -> list:
     return [row[name] for row in rows]
 
 
-# --------------------------------- the studies: flags -> (results, what draws them if anything)
+# -------------------------- the studies: model, flags -> (results, what draws them if anything)
 
 
-def study_prompts(args: argparse.Namespace) -> tuple[dict, Callable | None]:
+def study_prompts(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """Entropy, spread and retrieval of many pairs of hand prompts, and how they go together."""
-    model = load_model(args)
     if model.adapted:
         raise ValueError("prompts: the soft prompts of an adapted model have replaced them")
     pairs = read_json(args.prompts, list)
     wrong = [p for p in pairs if not isinstance(p, dict) or p.keys() != {"image", "text"}]
     if wrong or len(pairs) < 2:
         raise ValueError(f'{args.prompts}: wanted two or more {{"image": ..., "text": ...}}')
+    for prompt in itertools.chain(*map(dict.values, pairs)):
+        try:
+            model.tokenizer.validate_text(prompt)
+        except ValueError as error:
+            raise ValueError(f"{args.prompts}: {error}") from None
     images, captions = testbed(model, args)
     rows = []
     for pair in tqdm(pairs, "prompts", disable=None):
         prompts = {"image_prompt": pair["image"], "text_prompt": pair["text"]}
-        for prompt in prompts.values():
-            model.tokenizer.validate_text(prompt)
         # the same network under other words
         model.config = dataclasses.replace(model.config, **prompts)
         states = summary_states(model, images, captions)
@@ -229,9 +231,8 @@ def draw_prompts(plt: Any, results: dict) -> Any:
     return figure
 
 
-def study_tokens(args: argparse.Namespace) -> tuple[dict, Callable | None]:
+def study_tokens(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """The likeliest next tokens at the summary token, and the measures, before and after."""
-    model = load_model(args)
     images, captions = testbed(model, args)
     tokens, measures = {}, []
     for when in before_and_after(model):
@@ -274,9 +275,8 @@ def summary_attention(model: VladVA, image: Any) -> Tensor:
     return torch.stack(maps)
 
 
-def study_attention(args: argparse.Namespace) -> tuple[dict, Callable | None]:
+def study_attention(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """How dense the summary token's attention to the image tokens is, and maps of some heads."""
-    model = load_model(args)
     images, _ = testbed(model, args)
     names = ("entropy", "share of patches with 90 %", "mass on the image")
     density, first = [], {}
@@ -324,9 +324,8 @@ def draw_attention(image: Image, plt: Any, results: dict) -> Any:
     return figure
 
 
-def study_soft_prompts(args: argparse.Namespace) -> tuple[dict, Callable | None]:
+def study_soft_prompts(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """Each learned vector as the nearest token, with its cosine."""
-    model = load_model(args)
     if not model.soft_prompts:
         raise ValueError("no soft prompts to decode: --adapter wants a run that trained them")
     decode = model.tokenizer.inner.decode
@@ -343,9 +342,8 @@ def study_soft_prompts(args: argparse.Namespace) -> tuple[dict, Callable | None]
     return results, None
 
 
-def study_layers(args: argparse.Namespace) -> tuple[dict, Callable | None]:
+def study_layers(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """Scores of embeddings from every layer, before and after."""
-    model = load_model(args)
     if args.data == "scenes":
         size = model.lvlm.config.vision.image_size
         benchmark = scenes.scene_benchmark(args.seed, args.items, min(args.items, 200), size)
@@ -368,9 +366,8 @@ def study_layers(args: argparse.Namespace) -> tuple[dict, Callable | None]:
     return {"layers": rows}, None
 
 
-def study_generation(args: argparse.Namespace) -> tuple[dict, Callable | None]:
+def study_generation(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """Answers before adaptation, after it, and of --rival."""
-    model = load_model(args)
     images = testbed(model, args)[0][:NUM_SHOWN]
     # every image with every question
     repeated_images, questions = zip(*itertools.product(images, QUERIES))
@@ -417,10 +414,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.items < 2:
         raise ValueError(f"--items {args.items}: at least 2 are needed")
-    results, draw = STUDIES[args.study](args)
-    # with the flags that it was run with
+    model = load_model(args)
+    # a folder that cannot be made is refused before the work, and a failed start leaves none
     out = Path(args.out)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        results, draw = STUDIES[args.study](model, args)
+    except BaseException:
+        for folder in new:
+            folder.rmdir()
+        raise
+    # with the flags that it was run with
     write_json(out / f"{args.study}.json", vars(args) | results)
     say(f"written: {out / args.study}.json")
     if draw is not None:

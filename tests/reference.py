@@ -115,7 +115,7 @@ def compare_qwen(folder: Path) -> None:
         ids = tokenizer(repeated, return_tensors="pt").input_ids
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         inputs["mm_token_type_ids"] = (ids == lvlm_config.image_token_id).int()
-        eos = lvlm_config.eos_token_id
+        eos = lvlm_config.end_tokens
         new = theirs.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=eos)
         new = new[0, ids.shape[1] :]
         words.append(tokenizer.decode(new, skip_special_tokens=True).strip())

@@ -203,7 +203,7 @@ def test_files_of_another_kind_are_refused_in_one_line(original, hub_folder, tmp
     bad_shards = {
         "holds no original LLaVA: AttributeError": [torch.ones(3)],
         "model.norm.weight is torch.int8, wanted plain floats": norm,
-        "lm_head.weight is (31999, 64), wanted (32064, 64)": words,
+        "lm_head.weight is [31999, 64], wanted [32064, 64]": words,
     }
     for message, shard in bad_shards.items():
         torch.save(shard, original / "pytorch_model-2.bin")  # read last

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import data
-from eval import hold_out
+from eval import BadRows, hold_out
 from model import parse_config, read_json
 from vladva import VladVAConfig
 
@@ -447,9 +447,9 @@ def test_empty_lines_and_a_missing_line_feed_at_the_end_are_no_rows_and_no_fault
 
 def test_a_line_ends_at_a_line_feed_alone(tmp_path):
     (tmp_path / "a").write_bytes(b"one\n\nthree \xe2\x80\xa8\nlast")
-    assert data.line_starts(tmp_path / "a").tolist() == [0, 4, 5, 15, 19]
+    assert data.Pairs(tmp_path / "a", None).starts.tolist() == [0, 4, 5, 15, 19]
     (tmp_path / "empty").write_bytes(b"")
-    assert data.line_starts(tmp_path / "empty").tolist() == [0]
+    assert data.Pairs(tmp_path / "empty", None).starts.tolist() == [0]
 
 
 def test_captions_of_a_file_over_the_papers_lengths_are_truncated(tmp_path, tokenizer):
@@ -470,7 +470,7 @@ def test_rows_held_out_are_not_trained_on(tmp_path, tokenizer):
         without_short = {"image": "whole.png", "long": f"number {i}"}
         rows.append({"image": "whole.jpg", "short": f"number {i}"} if i % 2 else without_short)
     pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
-    held_out = hold_out(pairs, 6, data.BadRows())
+    held_out = hold_out(pairs, 6, BadRows())
     left = [pairs.row(i, random.Random(0)) for i in range(len(pairs))]
     assert len(held_out) == 6
     assert len(left) == 14
@@ -482,7 +482,7 @@ def test_captions_of_held_out_rows_are_truncated_as_those_of_training_are(tmp_pa
     """They used to be measured in full, on lengths that the model never saw in training."""
     row = {"image": "whole.jpg", "short": SENTENCE * 5, "long": SENTENCE * 60}
     pairs = data.Pairs(pairs_file(tmp_path, *[row] * 4), tokenizer)
-    held_out = hold_out(pairs, 2, data.BadRows())
+    held_out = hold_out(pairs, 2, BadRows())
     for row in held_out:
         assert row["short"] == [(SENTENCE * 2).strip()]
         assert row["long"] == (SENTENCE * 50).strip()
@@ -492,7 +492,7 @@ def test_a_bad_row_is_not_held_out_and_is_named(tmp_path, tokenizer, capsys):
     """The next usable one takes its place."""
     rows = [GOOD[0]] * 6 + [BAD["truncated image"][0], BAD["no caption"][0]]
     pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
-    bad_rows = data.BadRows()
+    bad_rows = BadRows()
     held_out = hold_out(pairs, 6, bad_rows)
     assert len(held_out) == 6
     assert len(pairs) == 2
@@ -506,7 +506,7 @@ def test_too_many_bad_rows_among_those_to_hold_out_end_the_run(tmp_path, tokeniz
     rows = [GOOD[0]] * 6 + [BAD["malformed line"][0]] * 6
     pairs = data.Pairs(pairs_file(tmp_path, *rows), tokenizer)
     with pytest.raises(ValueError, match=r"4 of \d+ rows cannot be used; the last: .*jsonl:"):
-        hold_out(pairs, 6, data.BadRows())
+        hold_out(pairs, 6, BadRows())
 
 
 def test_a_file_without_short_captions_is_not_read_to_its_end_for_rows_to_hold_out(
@@ -517,7 +517,7 @@ def test_a_file_without_short_captions_is_not_read_to_its_end_for_rows_to_hold_o
     tried = []
     parse = pairs.parse
     monkeypatch.setattr(pairs, "parse", lambda index: tried.append(index) or parse(index))
-    assert hold_out(pairs, 2, data.BadRows()) == []
+    assert hold_out(pairs, 2, BadRows()) == []
     assert len(set(tried)) == 40
     assert len(pairs) == 100
 
@@ -526,7 +526,7 @@ def test_a_file_without_short_captions_is_not_read_to_its_end_for_rows_to_hold_o
 
 
 def test_more_than_3_and_more_than_1_percent_of_bad_rows_are_too_many():
-    bad_rows = data.BadRows()
+    bad_rows = BadRows()
     for number in range(51):
         bad_rows.add([f"pairs.jsonl:{number}: broken"])
         count = number + 1
@@ -540,7 +540,7 @@ def test_more_than_3_and_more_than_1_percent_of_bad_rows_are_too_many():
 
 def test_a_bad_row_is_named_once_and_listed_once_even_after_a_restart(tmp_path, capsys):
     path = tmp_path / "bad_rows.txt"
-    bad_rows = data.BadRows()
+    bad_rows = BadRows()
     bad_rows.add(["held out: broken"])  # before the run has a folder
     assert not path.exists()
     bad_rows.write_to(path)
@@ -549,7 +549,7 @@ def test_a_bad_row_is_named_once_and_listed_once_even_after_a_restart(tmp_path, 
     lines = ["held out: broken", "a:1: broken", "a:2: broken"]
     assert path.read_text().splitlines() == lines
     assert capsys.readouterr().err.splitlines() == [f"left out: {line}" for line in lines]
-    again = data.BadRows()
+    again = BadRows()
     again.write_to(path)
     again.add(["a:2: broken", "a:9: broken"])
     assert path.read_text().splitlines() == [*lines, "a:9: broken"]
@@ -558,7 +558,7 @@ def test_a_bad_row_is_named_once_and_listed_once_even_after_a_restart(tmp_path, 
 
 
 def test_a_bad_row_with_a_name_that_is_no_text_is_listed(tmp_path, capsys):
-    bad_rows = data.BadRows()
+    bad_rows = BadRows()
     bad_rows.write_to(tmp_path / "bad_rows.txt")
     bad_rows.add(["a:1: \udc80.jpg: no such image file", "b" * 10**6])
     assert (tmp_path / "bad_rows.txt").read_text().startswith(r"a:1: \udc80.jpg: no such")

@@ -365,7 +365,7 @@ def test_imagenet_with_two_classes_of_one_name(tmp_path, capsys):
     image_emb = directions(0, 10, 90, 10)
     results = evaluate(tmp_path, "imagenet", *flags, image_emb=image_emb, text_emb=text_emb)
     assert results["scores"] == {"top-1": 75, "top-5": 100}
-    assert "of classes that tie, as two of one name do, the first" in capsys.readouterr().out
+    assert "of classes that tie, the first" in capsys.readouterr().out
     write_image(tmp_path / "val" / "n04" / "e.JPEG")
     assert "4 class folders" in refusal(capsys, tmp_path, "imagenet", *flags)
 
@@ -688,19 +688,11 @@ def test_the_papers_tables_stand_beside_results(tmp_path, capsys):
     assert group[1] == group[3] == "-"
 
 
-def test_a_model_finds_its_row_of_the_papers_tables():
+def test_scores_stand_beside_a_row_of_the_paper():
     table = benchmarks.comparison_table("coco", {}, "VladVA (LLaVA-1.5-7B)").splitlines()
     (row,) = [line for line in table if line.startswith("text to image R@1 ")]
     assert row.split()[-3:] == ["-", "59.0", "-"]
     assert "no such row" in benchmarks.comparison_table("coco", {"x": 1.0}, None)
-    for model, adapter, name in (
-        ("llava-hf/llava-1.5-7b-hf", "runs/x", "VladVA (LLaVA-1.5-7B)"),
-        ("tiny", "runs/x", None),
-        ("llava-1.5-13b", None, "LLaVA-1.5-13B"),
-        ("qwen2-vl-2b", None, "Qwen2-VL-2B"),
-        ("Qwen/Qwen2-VL-2B-Instruct", None, "Qwen2-VL-2B"),
-    ):
-        assert benchmarks.paper_name(model, adapter) == name
 
 
 def test_stored_embeddings_can_be_set_beside_a_row_of_the_paper(tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_outputs_equal_transformers_in_every_layout(case, layout, tmp_path):
     """Image features, hidden states, logits and 16 greedy tokens of two sequences in one batch."""
     reference, raw = recorded(case)
     lvlm = load_lvlm(write_layout(tmp_path, raw, layout))
-    object.__setattr__(lvlm.config, "eos_token_id", -1)  # recorded without an end
+    object.__setattr__(lvlm.config, "end_tokens", [-1])  # recorded without an end
     results = outputs(lvlm, raw)
     assert results.keys() == reference.keys()
     for name, value in reference.items():

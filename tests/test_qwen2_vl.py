@@ -116,7 +116,7 @@ def test_outputs_equal_transformers_alone_and_in_one_batch(which, layout, tmp_pa
     """Patches of odd-sized images, features, positions, hidden states, logits, 16 greedy tokens."""
     reference, about = recorded("qwen")
     lvlm = load_lvlm(seeded_folder(tmp_path, about["config"], layout))
-    object.__setattr__(lvlm.config, "eos_token_id", -1)  # recorded without an end
+    object.__setattr__(lvlm.config, "end_tokens", [-1])  # recorded without an end
     write_special_tokens(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about["processor"]))
     values = outputs(lvlm, PatchProcessor(tmp_path, lvlm.config, VladVAConfig()), which)
@@ -465,7 +465,7 @@ SECTIONS = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
         ({"vision_config": None}, "vision_config is None, wanted a JSON object"),
         ({"vision_config": {"in_chans": 1}}, "vision_config: in_chans is 1"),
         ({"vision_config": {"patch_size": [14, 14]}}, r"patch_size is \[14, 14\]"),
-        ({"vision_config": {"depth": 0}}, "vision_config: depth is 0, wanted 1 to 1000"),
+        ({"vision_config": {"depth": 0}}, "vision: depth is 0, wanted 1 to 1000"),
         ({"vision_config": {"embed_dim": 50}}, "embed_dim 50, no multiple of 4 num_heads"),
     ],
 )

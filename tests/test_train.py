@@ -35,6 +35,7 @@ import data
 import eval as benchmarks
 import train as training
 import vladva
+from extras.shard import shard_blocks
 from model import LVLM, DecoderBlock, parse_config
 from train import TrainConfig
 from vladva import EmbeddingLoss, VladVA, VladVAConfig, similarity
@@ -379,10 +380,10 @@ def test_the_data_order_is_a_function_of_seed_and_step_and_covers_an_epoch_once(
     for seed in (0, 0, 1):
         rows = Numbered(10)
         steps = training.Steps(model, rows, sizes(5, 5, seed=seed))
-        ids = [steps[step].micro_batches[0].texts.input_ids for step in (1, 2, 3, 4)]
+        ids = [steps[step][0][0].texts.input_ids for step in (1, 2, 3, 4)]
         orders.append(rows.read[:20])
         # out of order, as after a resume: the same rows and the same captions
-        again = steps[3].micro_batches[0].texts.input_ids
+        again = steps[3][0][0].texts.input_ids
         assert torch.equal(again, ids[2])
         assert rows.read[20:] == orders[-1][10:15]
     assert orders[0] == orders[1] != orders[2]
@@ -405,8 +406,8 @@ def test_worker_processes_give_the_same_batches(random_folder):
     for num_workers in (0, 2):
         config = sizes(4, 3, steps=5, num_workers=num_workers)
         ids.append([])
-        for batch in training.step_loader(model, Numbered(10), config, first_step=2):
-            ids[-1] += [micro_batch.texts.input_ids for micro_batch in batch.micro_batches]
+        for micro_batches, _, _ in training.step_loader(model, Numbered(10), config, first_step=2):
+            ids[-1] += [micro_batch.texts.input_ids for micro_batch in micro_batches]
     assert len(ids[0]) == 8
     assert all(torch.equal(a, b) for a, b in zip(*ids, strict=True))
 
@@ -419,7 +420,7 @@ def test_a_step_of_94_micro_batches_comes_from_a_worker_with_few_open_files(rand
         model = VladVA.from_pretrained(random_folder)
         config = sizes(94, 1, steps=2, num_workers=1)
         batches = list(training.step_loader(model, Numbered(94), config, first_step=1))
-        assert [len(batch.micro_batches) for batch in batches] == [94, 94]
+        assert [len(micro_batches) for micro_batches, _, _ in batches] == [94, 94]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -430,12 +431,12 @@ def test_rows_of_similar_length_share_a_micro_batch_and_the_longest_come_first(
     """What the shorter ones need then fits into memory that the first have used."""
     model = VladVA.from_pretrained(random_folder)
     rows = data.Pairs(pairs, model.tokenizer)
-    batch = training.Steps(model, rows, sizes(12, 2))[1]
-    widths = [part.images.input_ids.shape[1] for part in batch.micro_batches]
+    micro_batches, where, _ = training.Steps(model, rows, sizes(12, 2))[1]
+    widths = [part.images.input_ids.shape[1] for part in micro_batches]
     assert len(widths) == 6
     assert len(set(widths)) > 3
     assert widths == sorted(widths, reverse=True)
-    assert len(batch.where) == 12
+    assert len(where) == 12
 
 
 # ------------------------------------------------------------------------------- unusable rows
@@ -444,10 +445,10 @@ def test_rows_of_similar_length_share_a_micro_batch_and_the_longest_come_first(
 def test_a_row_that_cannot_be_used_is_replaced_by_the_next_one(random_folder):
     """They used to make the batch smaller without a word."""
     model = VladVA.from_pretrained(random_folder)
-    batch = training.Steps(model, Numbered(10, broken=(3, 4)), sizes(10, 10))[1]
-    assert len(batch.micro_batches[0].pixels) == 10
-    assert sorted(set(batch.bad)) == ["pairs.jsonl:3: broken", "pairs.jsonl:4: broken"]
-    assert batch.where.count("row 5") == 3
+    micro_batches, where, bad = training.Steps(model, Numbered(10, broken=(3, 4)), sizes(10, 10))[1]
+    assert len(micro_batches[0].pixels) == 10
+    assert sorted(set(bad)) == ["pairs.jsonl:3: broken", "pairs.jsonl:4: broken"]
+    assert where.count("row 5") == 3
     with pytest.raises(ValueError, match="cannot be used; the last: pairs.jsonl:"):
         training.Steps(model, Numbered(10, broken=range(10)), sizes(10, 10))[1]
 
@@ -583,7 +584,7 @@ def test_a_tenth_of_the_rows_is_held_out(random_folder, pairs):
     model = VladVA.from_pretrained(random_folder)
     for holdout, count in ((None, 2), (6, 6), (0, 0)):
         config = TrainConfig(data=str(pairs), holdout=holdout)
-        rows, held_out = benchmarks.open_data(config, model, data.BadRows())
+        rows, held_out = benchmarks.open_data(config, model, benchmarks.BadRows())
         assert len(held_out) == count
         assert len(rows) == 24 - count
 
@@ -896,7 +897,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpo
     random_folder, pairs, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    flags = "--lr 1e30 --max-grad-norm 1e30 --save-every 1".split()
+    flags = "--lr 1e30 --save-every 1 --warmup-ratio 0".split()
     with pytest.raises(SystemExit) as stopped:
         run(random_folder, pairs, out, *flags)
     err = capsys.readouterr().err
@@ -924,7 +925,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(
     err = capsys.readouterr().err
     assert stopped.value.code == 2
     assert err.startswith("error: step 1: CUDA out of memory. Tried to allocate 2.00 GiB. --micro-")
-    assert "--micro-batch-size is 4: try half of it, --gradient-caching, or" in err
+    assert "--micro-batch-size is 4: try half of it" in err
     assert "there is no checkpoint" in err
     assert err.count("\n") == 1
 
@@ -957,7 +958,7 @@ def test_two_ranks_equal_one_process(random_folder, tmp_path):
     """
     path = write_pairs(tmp_path)
     rows = data.Pairs(path, VladVA.from_pretrained(random_folder).tokenizer)
-    for row in [*benchmarks.hold_out(rows, 2, data.BadRows()), rows.parse(0)]:
+    for row in [*benchmarks.hold_out(rows, 2, benchmarks.BadRows()), rows.parse(0)]:
         row["image"].write_bytes(row["image"].read_bytes()[:60])
     flags = ["--model", random_folder, "--data", path, "--holdout", 4, "--steps", 3]
     flags += ["--batch-size", 9, "--lora-rank", 4, "--learn-temperature", "--save-every", 2]
@@ -1019,13 +1020,16 @@ SPLIT_METHOD = VladVAConfig(lora_rank=4, learn_temperature=True)
 
 
 def peak_while_splitting(folder):
-    """Bytes that this process takes at most while a model is loaded and split, beyond the start."""
+    """Bytes that this process takes at most while a model is loaded and split.
+
+    Without pages of the mapped files, which are the system's to take back.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
-    before = resident("VmRSS")
-    model = VladVA.from_pretrained(folder, shard=True)
+    before = resident("VmRSS") - resident("RssFile")
+    model = VladVA.from_pretrained(folder, config=VladVAConfig(lora_rank=4), shard=True)
     model.attach()
-    training.shard_blocks(model)
-    return resident("VmHWM") - before
+    shard_blocks(model)
+    return resident("VmHWM") - resident("RssFile") - before
 
 
 def resident(kind):
@@ -1047,7 +1051,7 @@ def run_split(folder, large_folder, pairs, out):
     torch.distributed.destroy_process_group()
 
 
-def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp_path):
+def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp_path, monkeypatch):
     """With and without checkpointing; rows lack a short or a long caption, batches do not divide.
 
     No process holds more than 0.6 of a model that lies in its blocks while it is loaded.
@@ -1056,6 +1060,8 @@ def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp
     large = make_folder(tmp_path / "large", random_config(**wide))
     code = "import sys, test_train; test_train.run_split(*sys.argv[1:])"
     (tmp_path / "rank.py").write_text(code)
+    # small tensors are freed as those of a real model are: to the system
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     process = spawn(tmp_path / "rank.py", random_folder, large, pairs, tmp_path, ranks=2)
     one = TrainConfig(str(random_folder), str(pairs), str(tmp_path / "one"), lr=0.002, **SPLIT)
     training.train(one, SPLIT_METHOD)
@@ -1082,11 +1088,11 @@ def test_a_rank_without_rows_in_a_micro_batch_makes_an_empty_one(random_folder, 
     model = VladVA.from_pretrained(random_folder)
     model.attach()
     monkeypatch.setattr(training, "rank_and_world_size", lambda: (1, 2))
-    batch = training.Steps(model, Numbered(9), sizes(9, 2))[1]
-    assert [len(part.image_of_text) for part in batch.micro_batches] == [2, 2, 0]
+    micro_batches, _, _ = training.Steps(model, Numbered(9), sizes(9, 2))[1]
+    assert [len(part.image_of_text) for part in micro_batches] == [2, 2, 0]
     monkeypatch.undo()
     for gradient_caching in (False, True):
-        training.backward(model, batch.micro_batches, gradient_caching)
+        training.backward(model, micro_batches, gradient_caching)
 
 
 def full_size_model(size, folder):
