@@ -61,7 +61,7 @@ def random_batch(model: VladVA, num_pairs: int, long: int) -> data.TrainingBatch
 
     def sequence(length: int, image: bool) -> data.TokenSequence:
         summary = length - 1
-        length += (plan.DETAIL_TEMPLATE + long) * image
+        length += (plan.DETAIL_TEMPLATE + long + 1) * image
         ids = torch.randint(config.image_token_id, (length,), generator=generator).tolist()
         if image:
             ids[12 : 12 + num_image] = [config.image_token_id] * num_image
