@@ -207,7 +207,7 @@ class TrainingBatch(Movable):
     images: Batch | None  # B sequences, with the long captions
     texts: Batch | None  # a sequence for each short caption
     image_of_text: Tensor  # (S,) row in `images` of each row of `texts`
-    further_texts: Batch | None  # E sequences, for losses that take "texts"
+    further_texts: Batch | None  # E sequences, for losses that take them
 
     def prefixes(self) -> "TrainingBatch":
         return replace(self, images=self.images.prefixes() if self.images else None)

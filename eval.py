@@ -58,7 +58,9 @@ def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor) 
     return image_ranks, (sim >= best_score[:, None]).sum(1)
 
 
-def recall(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, ks=(1, 5, 10)) -> dict:
+def recall(
+    image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, ks: tuple = (1, 5, 10)
+) -> dict:
     """{"image_to_text R@1": percent, ..., "text_to_image R@1": ...}; arguments: retrieval_ranks."""
     image_ranks, text_ranks = retrieval_ranks(image_emb, text_emb, image_of_text)
     text_ranks = text_ranks[image_of_text.unique()]  # of the images that have a text
@@ -91,7 +93,9 @@ def winoground_scores(sim: Tensor) -> dict:
     return {"text": percent(text), "image": percent(image), "group": percent(text & image)}
 
 
-def class_accuracy(image_emb: Tensor, prompt_emb: Tensor, label: Tensor, ks=(1, 5)) -> dict:
+def class_accuracy(
+    image_emb: Tensor, prompt_emb: Tensor, label: Tensor, ks: tuple = (1, 5)
+) -> dict:
     """Zero-shot classification, {"top-1": percent, ...}. label: (A,) class of each image.
 
     prompt_emb: (templates, classes, D): a class is the mean of its prompts, normalised again.

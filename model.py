@@ -330,20 +330,20 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens so far, by layer; row b holds its token t at position t."""
 
-    # For inputs_embeds (B, T, D), which may begin with a prefix, and `more` tokens behind them.
+    # For decoder inputs (B, T, D), which may begin with a prefix, and `more` tokens behind them.
     # Prompts are right-padded: the first generated tokens of a row overwrite its padding, which no
     # token has seen, because a query sees only positions up to its own.
-    def __init__(self, config: DecoderConfig, inputs_embeds: Tensor, prefix=None, more: int = 0):
-        batch_size, width = inputs_embeds.shape[:2]
+    def __init__(self, config: DecoderConfig, embeds: Tensor, prefix: Any = None, more: int = 0):
+        batch_size, width = embeds.shape[:2]
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, width + more)
-        self.keys = inputs_embeds.new_zeros(*shape, config.head_dim)  # (layers, B, G, S, K)
+        self.keys = embeds.new_zeros(*shape, config.head_dim)  # (layers, B, G, S, K)
         self.values = torch.zeros_like(self.keys)
         first = 0 if prefix is None else prefix.keys.shape[3]
         if prefix is not None:
             self.keys[:, :, :, :first] = prefix.keys
             self.values[:, :, :, :first] = prefix.values
         # (B, T) of the tokens that come next; moved on before each forward
-        position = torch.arange(first, width, device=inputs_embeds.device)
+        position = torch.arange(first, width, device=embeds.device)
         self.position = position.expand(batch_size, -1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,11 +420,11 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary: tuple, cache=None, state_index: Tensor = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, cache: Any = None, index: Tensor = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         # no later layer mixes tokens: the last MLP runs only for the states that are wanted
-        if state_index is not None:
-            x = x.flatten(0, 1).index_select(0, state_index)  # (M, D)
+        if index is not None:
+            x = x.flatten(0, 1).index_select(0, index)  # (M, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -115,7 +115,9 @@ def train(
         return report(out, held_out, before, held_out.measure(model)) if before else {}
 
 
-def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
+def adapt(
+    model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows: BadRows, config: TrainConfig
+) -> None:
     """The loop: one optimizer step of L = L_con + weight L_CE (paper Sec. 3.2.3) a batch."""
     out = Path(config.out)
     rank = rank_and_world_size()[0]
@@ -168,26 +170,26 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
 
 
 # Returns the line of metrics.jsonl.
-def run_step(model: VladVA, micro_batches: list, optimizer: AdamW, step: int, config) -> dict:
+def run_step(model: VladVA, parts: list, optimizer: AdamW, step: int, config: TrainConfig) -> dict:
     start = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_scale(step, config)
     try:
-        losses = train_step(model, micro_batches, optimizer, config)
+        losses = train_step(model, parts, optimizer, config)
     except torch.OutOfMemoryError as error:
         remedy = f"--micro-batch-size is {config.micro_batch_size}: try half of it"
         raise ValueError(f"step {step}: {str(error).split(' GPU ')[0]} {remedy}") from None
     line = {"step": step} | {name: value.item() for name, value in losses.items()}
     line["lr"] = optimizer.param_groups[0]["lr"]
     line["step_s"] = time.perf_counter() - start
-    line["tokens_per_s"] = sum(part.num_tokens for part in micro_batches) / line["step_s"]
+    line["tokens_per_s"] = sum(part.num_tokens for part in parts) / line["step_s"]
     line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
     if model.lvlm.device.type == "cuda":
         line["peak_bytes"] = torch.cuda.max_memory_allocated(model.lvlm.device)
     return line
 
 
-def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config) -> dict[str, Tensor]:
+def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config: TrainConfig) -> dict:
     """Gradients of one batch, clip, update. Returns 0-d tensors; nothing waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     contrastive, next_token = backward(model, micro_batches, config.gradient_caching)
@@ -355,7 +357,7 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[tuple]:
+def step_loader(model: VladVA, rows: data.Pairs, config: TrainConfig, first_step: int) -> Iterator:
     """What Steps has for `first_step` and on, made ahead if there are worker processes."""
     # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
     options = {"batch_size": None, "collate_fn": pickle.dumps}

@@ -250,14 +250,14 @@ def sigmoid_start(config):
 
 def triplet_loss(model, emb):
     """Further texts in threes: the first is to be nearer to the second than to the third."""
-    first, second, third = emb.texts.unflatten(0, (-1, 3)).unbind(1)
+    first, second, third = emb.further_texts.unflatten(0, (-1, 3)).unbind(1)
     margin = (first * second).sum(-1) - (first * third).sum(-1)
     return sigmoid_loss(model, emb) - F.logsigmoid(margin).mean()
 
 
 USERS_LOSSES = {
     "sigmoid": EmbeddingLoss(sigmoid_loss, parameters=sigmoid_start),
-    "triplets": EmbeddingLoss(triplet_loss, ("pairs", "texts"), sigmoid_start),
+    "triplets": EmbeddingLoss(triplet_loss, ("pairs", "further_texts"), sigmoid_start),
 }
 
 
@@ -272,7 +272,7 @@ def rows_with_triplets(scene_rows):
     rows = []
     for i, row in enumerate(scene_rows):
         texts = [f"a {colour} circle {'and ' * i}square" for colour in ("red", "green", "blue")]
-        rows.append(row if i == 1 else row | {"texts": texts})
+        rows.append(row if i == 1 else row | {"further_texts": texts})
     return rows
 
 

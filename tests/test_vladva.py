@@ -503,20 +503,25 @@ def test_an_adapter_of_an_unregistered_loss_still_encodes(
 
 
 def further_texts_loss(model, emb):
-    return emb.texts.square().sum()
+    return emb.further_texts.square().sum()
 
 
 def test_a_loss_takes_the_parts_of_the_rows_that_it_names(random_folder, scene_rows, monkeypatch):
     """Further texts alone: no short caption is embedded, and Eq. 2 stays beside it."""
-    monkeypatch.setitem(LOSSES, "further", EmbeddingLoss(further_texts_loss, inputs=("texts",)))
-    rows = [scene_rows[0] | {"texts": ["a", "a b"]}, scene_rows[1] | {"texts": ["c"]}]
-    rows.append({"image": None, "short": None, "long": None, "texts": ["d e", "f"]})
+    monkeypatch.setitem(
+        LOSSES, "further", EmbeddingLoss(further_texts_loss, inputs=("further_texts",))
+    )
+    rows = [
+        scene_rows[0] | {"further_texts": ["a", "a b"]},
+        scene_rows[1] | {"further_texts": ["c"]},
+    ]
+    rows.append({"image": None, "short": None, "long": None, "further_texts": ["d e", "f"]})
     model = VladVA.from_pretrained(random_folder, config=VladVAConfig(loss="further"))
     batch = model.training_batch(rows)
     emb, caption_states = model.embed_batch(batch)
-    assert (len(emb.image), len(emb.text), len(emb.texts)) == (0, 0, 5)
+    assert (len(emb.image), len(emb.text), len(emb.further_texts)) == (0, 0, 5)
     wanted = model.encode_text(["a", "a b", "c", "d e", "f"])
-    torch.testing.assert_close(emb.texts, wanted, **ROUNDING)
+    torch.testing.assert_close(emb.further_texts, wanted, **ROUNDING)
     next_token = vladva.next_token_loss(
         caption_states, batch.caption_targets, model.lvlm.lm_head.weight
     )
