@@ -157,7 +157,7 @@ merged/vladva.json: merged
   template config.image_template
 half/config.json: resume
   count steps batch_size micro_batch_size save_every lora_rank
-  rate lr warmup_ratio temperature next_token_weight
+  rate lr temperature next_token_weight
   switch gradient_caching soft_prompts lora learn_temperature
   text model data image_prompt
 half/checkpoints/step-000001.safetensors: resume
@@ -241,7 +241,7 @@ VALUES = {  # kind of a flag: values of which none is right
 FLAGS = """
 train: input --data --model; folder --out; device --device; choice --loss --image-mode --dtype
 train: positive --steps --micro-batch-size --save-every --eval-every --lora-rank --batch-size
-train: int --seed --num-workers --holdout; float --epochs --lr --warmup-ratio
+train: int --seed --num-workers --holdout; float --epochs --lr
 train: float --max-grad-norm --temperature --next-token-weight; switch --nope --resume --lora
 ablation: positive --seeds --jobs; folder --out; input --data
 e5v: input --text-data --data; folder --out
@@ -277,7 +277,7 @@ train: --num-workers 1000000: --num-workers
 train: --lr inf: --lr
 train: --epochs inf: --epochs
 train: --epochs 1e300: --epochs
-train: --warmup-ratio 2: --warmup-ratio
+train: --temperature 2: --temperature
 train: --next-token-weight inf: --next-token-weight
 resume: --lr 5: lr
 resume: --steps 9: steps

@@ -40,7 +40,7 @@ row | long '\\ud800' | check
 row | line '[[[[[[[[[[[[' | fill
 row | generated @digits | check
 flag | --model 'none/at/all'
-flag | --warmup-ratio 'nan'
+flag | --temperature 'nan'
 flag | --text-data 'none/at/all'
 flag | --steps 1
 output | --save-embeddings 'none/x'

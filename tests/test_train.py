@@ -20,7 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HUB_CONFIGS, shaken, write_llama_tokenizer
+from conftest import (
+    HUB_CONFIGS,
+    make_folder,
+    random_config,
+    shaken,
+    write_llama_tokenizer,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -652,6 +658,7 @@ BAD_REQUESTS = [
     (["--device", "tpu"], "--device tpu cannot be used here"),
     (["--image-mode", "squash"], "'crop' or 'pad'"),
     (["--temperature", "0"], "--temperature is 0.0"),
+    (["--shard"], "--shard splits over processes, here is one"),
 ]
 
 
@@ -1005,6 +1012,81 @@ def test_sigterm_to_all_processes_is_saved_and_resumed_to_the_byte(two_ranks, tm
     for name in ("adapter.safetensors", "bad_rows.txt"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert steps_written(killed) == list(range(1, 13))
+
+
+SPLIT = {"holdout": 5, "eval_every": 2, "steps": 3, "batch_size": 9, "micro_batch_size": 2}
+SPLIT_METHOD = VladVAConfig(lora_rank=4, learn_temperature=True)
+
+
+def peak_while_splitting(folder):
+    """Bytes that this process takes at most while a model is loaded and split, beyond the start."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
+    before = resident("VmRSS")
+    model = VladVA.from_pretrained(folder, shard=True)
+    model.attach()
+    training.shard_blocks(model)
+    return resident("VmHWM") - before
+
+
+def resident(kind):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind):
+            return 1024 * int(line.split()[1])
+
+
+def run_split(folder, large_folder, pairs, out):
+    """What each process of the next test runs."""
+    data.init_distributed("cpu")
+    peak_while_splitting(folder)  # what the first time takes beside the weights
+    peak = peak_while_splitting(large_folder)
+    (Path(out) / f"peak-{data.rank_and_world_size()[0]}").write_text(str(peak))
+    for name, mode in (("plain", False), ("recomputed", True)):
+        modes = {"gradient_caching": mode, "gradient_checkpointing": mode, "shard": True}
+        config = TrainConfig(folder, pairs, f"{out}/{name}", lr=0.002, **SPLIT, **modes)
+        training.train(config, SPLIT_METHOD)
+    torch.distributed.destroy_process_group()
+
+
+def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp_path):
+    """With and without checkpointing; rows lack a short or a long caption, batches do not divide.
+
+    No process holds more than 0.6 of a model that lies in its blocks while it is loaded.
+    """
+    wide = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12}
+    large = make_folder(tmp_path / "large", random_config(**wide))
+    code = "import sys, test_train; test_train.run_split(*sys.argv[1:])"
+    (tmp_path / "rank.py").write_text(code)
+    process = spawn(tmp_path / "rank.py", random_folder, large, pairs, tmp_path, ranks=2)
+    one = TrainConfig(str(random_folder), str(pairs), str(tmp_path / "one"), lr=0.002, **SPLIT)
+    training.train(one, SPLIT_METHOD)
+    finish(process)
+    whole = (large / "model.safetensors").stat().st_size
+    for rank in (0, 1):
+        assert 0.4 * whole < int((tmp_path / f"peak-{rank}").read_text()) < 0.6 * whole
+    for name in ("plain", "recomputed"):
+        adapters = [load_file(tmp_path / run / "adapter.safetensors") for run in ("one", name)]
+        assert adapters[0].keys() == adapters[1].keys()
+        for key, tensor in adapters[0].items():
+            assert (tensor - adapters[1][key]).abs().max() < 1e-5, key  # sums in another order
+        scores = [json.loads((tmp_path / run / "scores.json").read_text()) for run in ("one", name)]
+        assert scores[0]["before"]["scores"] == scores[1]["before"]["scores"]
+        for when in ("before", "after"):
+            losses = [score[when]["caption_loss"] for score in scores]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for a, b in zip(read_lines(tmp_path / "one"), read_lines(tmp_path / name), strict=True):
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_rank_without_rows_in_a_micro_batch_makes_an_empty_one(random_folder, monkeypatch):
+    """9 rows of two processes in micro-batches of 2: 2, 2, 1 and 2, 2, 0."""
+    model = VladVA.from_pretrained(random_folder)
+    model.attach()
+    monkeypatch.setattr(training, "rank_and_world_size", lambda: (1, 2))
+    batch = training.Steps(model, Numbered(9), sizes(9, 2))[1]
+    assert [len(part.image_of_text) for part in batch.micro_batches] == [2, 2, 0]
+    monkeypatch.undo()
+    for gradient_caching in (False, True):
+        training.backward(model, batch.micro_batches, gradient_caching)
 
 
 def full_size_model(size, folder):
