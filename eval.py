@@ -29,7 +29,7 @@ from torch.utils.data import Subset
 
 import data
 from data import format_table, rank_and_world_size, say
-from model import parse_json, read_json
+from model import check_supported, parse_json, read_json
 from vladva import VladVA, load_model, next_token_loss, similarity
 
 # ------------------------------------------------------------------------- metrics, in percent
@@ -512,14 +512,12 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
 
 # The paper's tables, and behind each the results of earlier runs (--json files).
 def print_paper(files: list[str]) -> None:
-    results = []
-    for file in files:
-        run = {"paper_row": None} | read_json(file)
-        scores = run.get("scores")
-        numbers = isinstance(scores, dict) and {*map(type, scores.values())} <= {int, float}
-        if not numbers or run.get("task") not in [*paper_tables()]:
-            raise ValueError(f"{file}: wanted what --json wrote of a task that the paper has")
-        results.append(run)
+    results = [{"task": None, "paper_row": None, "scores": 0} | read_json(file) for file in files]
+    for file, run in zip(files, results):
+        check_supported(run, {"task": tuple(paper_tables())}, file)
+        check_supported(run["scores"], {}, f"{file}: scores")
+        kinds = {name: type(value) for name, value in run["scores"].items()}
+        check_supported(kinds, dict.fromkeys(kinds, (int, float)), f"{file}: scores")
     for task, table in paper_tables().items():
         ours = {str(run["paper_row"]): run["scores"] for run in results if run["task"] == task}
         keys = list(next(iter(table.values())))
