@@ -166,18 +166,12 @@ scenes: positive --holdout; output --json
 export: folder --out; input --adapter
 search: positive --top --dim; output --sheet
 """
-# command: further arguments: what the line names
+# command: further arguments: what the line names | ...
 LINES = """
-train: --no-lora --no-soft-prompts: LoRA
-train: --out run: run holds
-train: --out leftover: leftover holds
-train: --resume: out
-train: --holdout 11: --holdout
-train: --lora-rank 1000000000000: --lora-rank
-train: --num-workers 1000000: --num-workers
-train: --lr inf: lr is inf
-resume: --lr 5: lr
-resume: --model half: model
+train: --no-lora --no-soft-prompts: LoRA | --out run: run holds | --out leftover: leftover holds
+train: --resume: out | --holdout 11: --holdout | --lora-rank 1000000000000: --lora-rank
+train: --num-workers 1000000: --num-workers | --lr inf: lr is inf
+resume: --lr 5: lr | --model half: model
 npz: --embeddings fifo: fifo
 ablation: --out leftover: leftover holds
 export: --out model: model holds
@@ -205,6 +199,7 @@ LONG = "a red circle stands above a blue square and left of two green rings . " 
 def write(path: Path | str, content) -> None:
     """Write bytes, a text, or JSON (a line each for .jsonl) into a new file."""
     path = Path(path)
+    # never into a file that is a link, or shared with the world
     if path.is_symlink() or path.is_file():
         path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,6 +221,7 @@ def build_world() -> None:
         for i in range(12):
             image = Image.fromarray(noise.randint(0, 256, (24, 32, 3), dtype=np.uint8))
             image.save(f"{folder}/{i}.png")
+    # what no file may name: outside of its folder, or a link that leads there
     for name in ("outside.png", "../outside.png"):
         shutil.copy("images/0.png", name)
     os.symlink("../../outside.png", "images/link.png")
@@ -246,6 +242,7 @@ def build_world() -> None:
 
 def build_benchmarks() -> None:
     """Files of benchmarks and of captions."""
+    # three images with a caption each, in the forms of Karpathy's split and of nocaps
     test, images, captions = [], [], []
     for i, domain in enumerate(("in-domain", "near-domain", "out-domain")):
         name = {"file_name": f"{i}.png", "filename": f"{i}.png"}
@@ -288,6 +285,7 @@ def change_field(path: Path, place: str, turn: int) -> None:
     parent = raw
     for key in parents:
         parent = parent[key]
+    # by the type of what is there; a turn more is no field at all
     values = WRONG[type(parent[last])]
     if place.endswith("+") and turn % (len(values) + 1) == len(values):
         del parent[last]
@@ -323,9 +321,11 @@ def put(path: Path, content: bytes | str) -> None:
 
 def file_contents(name: str) -> dict[str, bytes | str]:
     """{label: what `put` puts in the place of a file with such a name}."""
+    # no file, or one that is none; then bytes that mean nothing, or would run code
     contents = {what: what for what in ("absent", "folder", "FIFO", "/none", "/dev/null")}
     contents |= {"link to itself": Path(name).name, "empty": b"", "zeros": bytes(5000)}
     contents |= {"pickle": pickle.dumps(Canary()), "noise": random.Random(0).randbytes(5000)}
+    # JSON of another kind, too deep, too long, or no UTF-8
     texts = ("null", '"x"', "[1]", "NaN", "{}", "[" * 100_000, "1" * 5000, "[[]]", '{"a": "')
     for text in texts if ".json" in name else ():
         contents[text[:6]] = text.encode() + b"\xff" * text.endswith(' "')
@@ -363,6 +363,7 @@ def image_contents() -> dict[str, bytes | str]:
 
 def bad_rows() -> Iterator[tuple[str, object]]:
     """(label, fields that differ in a row of pairs.jsonl, or bytes for the whole line)."""
+    # images: of a wrong type, outside the folder, too long a name, no regular file
     names = (5, None, [], "", ".", "../outside.png", "none.png", ABSENT, "@digits", "a\0b.png")
     names += (str(ROOT / "docs" / "report.png"), "x" * 300, "x" * 5000, "\ud800.png", "images")
     for value in (*names, "fifo", "loop", "images/link.png"):
@@ -433,6 +434,7 @@ def file_cases() -> Iterator[Case]:
             mutate = lambda root: function(root / name, *args)
             return Case(name, label, next(readers), names + fields, mutate=mutate)
 
+        # a closure a case: what it changes is another copy of the world
         for field in fields.split():
             for turn in range(3 * next(TURNS), 3 * next(TURNS)):
                 yield case(f"{field} wrong {turn}", change_field, field, turn)
@@ -485,8 +487,9 @@ def flag_cases() -> Iterator[Case]:
                     label = f"{flag} {label_of(value)}"
                     yield Case(kind_of_case, label, command, names, (flag, value))
     for line in LINES.strip().splitlines():
-        command, arguments, name = line.split(": ")
-        yield Case("flag", arguments, command, (name,), tuple(arguments.split()))
+        command, cases = line.split(": ", 1)
+        for arguments, name in (case.split(": ") for case in cases.split(" | ")):
+            yield Case("flag", arguments, command, (name,), tuple(arguments.split()))
 
 
 def all_cases() -> list[Case]:
@@ -513,6 +516,7 @@ class Ending:
 
 def in_fork(folder: Path, function: Callable, *args, seconds: int = SECONDS) -> Ending:
     """What becomes of function(*args) in a process of its own, in a folder."""
+    # beside the folder: in it they would be files that the command has left
     before = snapshot(folder)
     files = [Path(f"{folder}.{name}") for name in ("output", "errors")]
     fork = multiprocessing.get_context("fork")
@@ -544,6 +548,7 @@ def run_limited(folder: Path, files: list[Path], function: Callable, args) -> No
 
 def snapshot(folder: Path) -> dict[str, tuple]:
     """{path: (mode, bytes, check sum of a small file)} of all that lies in a folder."""
+    # large ones by their size: they are weights, which nothing writes in place
     stamps = {}
     for path in folder.rglob("*"):
         status = path.lstat()
@@ -629,6 +634,7 @@ def sample_images() -> list[bytes]:
     """Valid files of six formats, with and without EXIF."""
     rng = np.random.RandomState(0)
     pixels = np.kron(rng.randint(0, 256, (8, 10, 3)), np.ones((6, 6, 1))).astype(np.uint8)
+    # what a damaged orientation did was one of the ways out
     exif = Image.Exif()
     exif[274] = 6  # the orientation
     exif.get_ifd(34665)[36867] = "2024:01:01 00:00:00"
@@ -651,6 +657,7 @@ def mutant(samples: list[bytes], number: int) -> bytes:
     size = len(content)
     exif = max(content.find(b"II*\0"), content.find(b"MM\0*"), 0)
     kind = rng.choice(("bytes", "header", "EXIF", "number", "cut", "splice"))
+    # most in the header or in EXIF, where the readers branch
     if kind == "cut":
         del content[rng.randrange(size) :]
     elif kind == "splice":
@@ -685,6 +692,7 @@ def open_mutants(samples: list[bytes], numbers: range, processors: list) -> None
     for number in numbers:
         print(number, flush=True)
         write(path, mutant(samples, number))
+        # twice: the first one ends what was before
         peak_memory()
         before = peak_memory()
         try:
