@@ -28,7 +28,7 @@ from torch.utils.data import Subset
 
 import data
 from data import format_table, rank_and_world_size, say
-from model import parse_json, read_json
+from model import check_supported, parse_json, read_json
 from vladva import VladVA, load_model, next_token_loss, similarity
 
 # ------------------------------------------------------------------------- metrics, in percent
@@ -541,16 +541,14 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
 
 # The paper's tables, and behind each the results of earlier runs (--json files).
 def print_paper(files: list[str]) -> None:
-    results = {task: {} for task in paper_tables()}
-    for file in files:
-        run = read_json(file)
-        try:
-            scores = {name: float(value) for name, value in run["scores"].items()}
-            results[run["task"]][run["paper_row"]] = scores
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is not what --json wrote ({error!r:.99})") from None
+    results = [{"task": None, "paper_row": None, "scores": 0} | read_json(file) for file in files]
+    for file, run in zip(files, results):
+        check_supported(run, {"task": tuple(paper_tables())}, file)
+        check_supported(run["scores"], {}, f"{file}: scores")
+        kinds = {name: type(value) for name, value in run["scores"].items()}
+        check_supported(kinds, dict.fromkeys(kinds, (int, float)), f"{file}: scores")
     for task, table in paper_tables().items():
-        ours = results[task]
+        ours = {str(run["paper_row"]): run["scores"] for run in results if run["task"] == task}
         keys = list(next(iter(table.values())))
         rows = []
         for name, printed in table.items():

@@ -51,8 +51,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
 def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool = False) -> Any:
     """A dataclass from a JSON object. extra: it may hold more; sizes: no integer is below 1."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
+    check_supported(raw, {}, where)
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     unknown = sorted(raw.keys() - types.keys())
     if unknown and not extra:
@@ -61,7 +60,8 @@ def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool 
     for name, value in values.items():
         allowed = get_args(types[name]) or (types[name],)
         kinds = (*allowed, int) if float in allowed else allowed  # JSON writes 1.0 as 1 at times
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
+        half = isinstance(value, str) and value != value.encode(errors="replace").decode()
+        if half or not isinstance(value, kinds) or (type(value) is bool and bool not in allowed):
             raise ValueError(f"{where}: {name} is {value!r}, wanted {types[name]}")
         # NaN is neither; a million layers would take hours to be refused by the weights
         if isinstance(value, float) and not 0 <= value < math.inf:
@@ -75,7 +75,7 @@ def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool 
 # Refuses, by its name, a field that this code would silently compute wrongly.
 def check_supported(section: dict, supported: dict, where: str) -> None:
     if not isinstance(section, dict):
-        raise ValueError(f"{where} is {section!r}, wanted a JSON object")
+        raise ValueError(f"{where} is {section!r:.99}, wanted a JSON object")
     for key, allowed in supported.items():
         if key in section and section[key] not in allowed:
             values = " or ".join(map(repr, allowed))
@@ -582,8 +582,7 @@ def shard_files(folder: Path) -> list[Path]:
     index = Path(folder) / "model.safetensors.index.json"
     raw = read_json(index) if index.exists() else {"weight_map": {"all": "model.safetensors"}}
     weight_map = raw.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is {weight_map!r:.99}, wanted a JSON object")
+    check_supported(weight_map, {}, f"{index}: weight_map")
     return [Path(folder) / Path(name).name for name in sorted({*map(str, weight_map.values())})]
 
 

@@ -150,6 +150,8 @@ class VladVAConfig:
             template = getattr(self, name)
             if not template.count("{prompt}") == template.count(content) == 1:
                 raise ValueError(f"{name} is {template!r}: wanted {{prompt}} and {content} once")
+            if not getattr(self, name.replace("template", "prompt")).strip():
+                raise ValueError(f"the prompt of {name} is empty: wanted words")
         if not (self.lora or self.soft_prompts):
             raise ValueError("neither LoRA nor soft prompts: there would be nothing to train")
 

@@ -6,6 +6,8 @@ Not here: measures of the paper's figures (test_studies.py), E5-V (test_e5v.py),
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -642,3 +644,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, random_folder
     err = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in err and err.count("\n") == 1
+
+
+FOLDER_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [*FOLDER_FILES, "adapter.safetensors"])
+def test_a_pipe_is_no_file_of_a_model_nor_of_an_adapter(random_folder, tmp_path, name):
+    """Whoever opens one to read waits for a writer."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_folder, folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name}.* (is missing|not found)"):
+        VladVA.from_pretrained(folder, folder if name.startswith("adapter") else None)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("image_prompt", "\ud800"), ("image_prompt", " "), ("text_prompt", "")]
+)
+def test_an_adapter_without_a_prompt_or_with_half_a_character_is_refused(tmp_path, field, value):
+    """The tokenizer raised TypeError, and the search for the prompt's tokens IndexError."""
+    about = json.dumps({"config": {field: value}})
+    save_file({}, tmp_path / "adapter.safetensors", {"adapter": about})
+    with pytest.raises(ValueError, match="image_prompt is|the prompt of .*_template is empty"):
+        vladva.read_adapter(tmp_path)
