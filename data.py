@@ -587,9 +587,8 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+# argparse's, whose errors are one line: the usage is what --help is for
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line; the usage is what --help is for."""
-
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
 

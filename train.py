@@ -294,8 +294,8 @@ def lr_scale(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+# Gradient checkpointing and torch.compile, block by block.
 def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
-    """Gradient checkpointing and torch.compile, block by block."""
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         # with or without gradients, first and last block, one row or several: over Dynamo's 8
@@ -430,8 +430,8 @@ def stoppable(out: Path) -> Iterator[list]:
             raise ValueError(f"{error}; {last}") from error
 
 
+# Of a run, oldest first; all are whole.
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; all are whole."""
     return sorted((out / "checkpoints").glob("step-??????.safetensors"))
 
 
