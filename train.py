@@ -61,14 +61,14 @@ class TrainConfig:
     shard: bool = flag(False, "split frozen weights over the processes, for models over one GPU")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
-    lr: float | None = flag(None, "peak (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30)
+    lr: float | None = flag(None, "peak learning rate (default: 0.8192 / width)", low=0, high=1e30)
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm; ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str | None = flag(None, "float32 or bfloat16", choices=("float32", "bfloat16"))
-    num_workers: int | None = flag(None, "that make batches (default: 8 on cuda)", low=0, high=256)
+    dtype: str | None = flag(None, "weights (default: by device)", choices=("float32", "bfloat16"))
+    num_workers: int | None = flag(None, "data processes (default: 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept
