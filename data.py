@@ -207,7 +207,7 @@ class TrainingBatch(Movable):
     images: Batch | None  # B sequences, with the long captions
     texts: Batch | None  # a sequence for each short caption
     image_of_text: Tensor  # (S,) row in `images` of each row of `texts`
-    further_texts: Batch | None  # E sequences, for losses that take "texts"
+    further_texts: Batch | None  # E sequences, for losses that take them
 
     def prefixes(self) -> "TrainingBatch":
         return replace(self, images=self.images.prefixes() if self.images else None)
@@ -587,9 +587,8 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+# argparse's, whose errors are one line: the usage is what --help is for
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line; the usage is what --help is for."""
-
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
 

@@ -28,7 +28,7 @@ from torch.utils.data import Subset
 
 import data
 from data import format_table, rank_and_world_size, say
-from model import parse_json, read_json
+from model import check_supported, parse_json, read_json
 from vladva import VladVA, load_model, next_token_loss, similarity
 
 # ------------------------------------------------------------------------- metrics, in percent
@@ -58,7 +58,9 @@ def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor) 
     return image_ranks, (sim >= best_score[:, None]).sum(1)
 
 
-def recall(image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, ks=(1, 5, 10)) -> dict:
+def recall(
+    image_emb: Tensor, text_emb: Tensor, image_of_text: Tensor, ks: tuple = (1, 5, 10)
+) -> dict:
     """{"image_to_text R@1": percent, ..., "text_to_image R@1": ...}; arguments: retrieval_ranks."""
     image_ranks, text_ranks = retrieval_ranks(image_emb, text_emb, image_of_text)
     text_ranks = text_ranks[image_of_text.unique()]  # of the images that have a text
@@ -91,7 +93,9 @@ def winoground_scores(sim: Tensor) -> dict:
     return {"text": percent(text), "image": percent(image), "group": percent(text & image)}
 
 
-def class_accuracy(image_emb: Tensor, prompt_emb: Tensor, label: Tensor, ks=(1, 5)) -> dict:
+def class_accuracy(
+    image_emb: Tensor, prompt_emb: Tensor, label: Tensor, ks: tuple = (1, 5)
+) -> dict:
     """Zero-shot classification, {"top-1": percent, ...}. label: (A,) class of each image.
 
     prompt_emb: (templates, classes, D): a class is the mean of its prompts, normalised again.
@@ -537,16 +541,14 @@ def comparison_table(task: str, scores: dict, name: str | None) -> str:
 
 # The paper's tables, and behind each the results of earlier runs (--json files).
 def print_paper(files: list[str]) -> None:
-    results = {task: {} for task in paper_tables()}
-    for file in files:
-        run = read_json(file)
-        try:
-            scores = {name: float(value) for name, value in run["scores"].items()}
-            results[run["task"]][run["paper_row"]] = scores
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is not what --json wrote ({error!r:.99})") from None
+    results = [{"task": None, "paper_row": None, "scores": 0} | read_json(file) for file in files]
+    for file, run in zip(files, results):
+        check_supported(run, {"task": tuple(paper_tables())}, file)
+        check_supported(run["scores"], {}, f"{file}: scores")
+        kinds = {name: type(value) for name, value in run["scores"].items()}
+        check_supported(kinds, dict.fromkeys(kinds, (int, float)), f"{file}: scores")
     for task, table in paper_tables().items():
-        ours = results[task]
+        ours = {str(run["paper_row"]): run["scores"] for run in results if run["task"] == task}
         keys = list(next(iter(table.values())))
         rows = []
         for name, printed in table.items():

@@ -51,8 +51,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
 def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool = False) -> Any:
     """A dataclass from a JSON object. extra: it may hold more; sizes: no integer is below 1."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where} is {raw!r}, wanted a JSON object")
+    check_supported(raw, {}, where)
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     unknown = sorted(raw.keys() - types.keys())
     if unknown and not extra:
@@ -61,7 +60,8 @@ def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool 
     for name, value in values.items():
         allowed = get_args(types[name]) or (types[name],)
         kinds = (*allowed, int) if float in allowed else allowed  # JSON writes 1.0 as 1 at times
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
+        half = isinstance(value, str) and value != value.encode(errors="replace").decode()
+        if half or not isinstance(value, kinds) or (type(value) is bool and bool not in allowed):
             raise ValueError(f"{where}: {name} is {value!r}, wanted {types[name]}")
         # NaN is neither; a million layers would take hours to be refused by the weights
         if isinstance(value, float) and not 0 <= value < math.inf:
@@ -75,7 +75,7 @@ def from_json(cls: type, raw: Any, where: str, extra: bool = False, sizes: bool 
 # Refuses, by its name, a field that this code would silently compute wrongly.
 def check_supported(section: dict, supported: dict, where: str) -> None:
     if not isinstance(section, dict):
-        raise ValueError(f"{where} is {section!r}, wanted a JSON object")
+        raise ValueError(f"{where} is {section!r:.99}, wanted a JSON object")
     for key, allowed in supported.items():
         if key in section and section[key] not in allowed:
             values = " or ".join(map(repr, allowed))
@@ -330,20 +330,20 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens so far, by layer; row b holds its token t at position t."""
 
-    # For inputs_embeds (B, T, D), which may begin with a prefix, and `more` tokens behind them.
+    # For decoder inputs (B, T, D), which may begin with a prefix, and `more` tokens behind them.
     # Prompts are right-padded: the first generated tokens of a row overwrite its padding, which no
     # token has seen, because a query sees only positions up to its own.
-    def __init__(self, config: DecoderConfig, inputs_embeds: Tensor, prefix=None, more: int = 0):
-        batch_size, width = inputs_embeds.shape[:2]
+    def __init__(self, config: DecoderConfig, embeds: Tensor, prefix: Any = None, more: int = 0):
+        batch_size, width = embeds.shape[:2]
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, width + more)
-        self.keys = inputs_embeds.new_zeros(*shape, config.head_dim)  # (layers, B, G, S, K)
+        self.keys = embeds.new_zeros(*shape, config.head_dim)  # (layers, B, G, S, K)
         self.values = torch.zeros_like(self.keys)
         first = 0 if prefix is None else prefix.keys.shape[3]
         if prefix is not None:
             self.keys[:, :, :, :first] = prefix.keys
             self.values[:, :, :, :first] = prefix.values
         # (B, T) of the tokens that come next; moved on before each forward
-        position = torch.arange(first, width, device=inputs_embeds.device)
+        position = torch.arange(first, width, device=embeds.device)
         self.position = position.expand(batch_size, -1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,11 +420,11 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary: tuple, cache=None, state_index: Tensor = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, cache: Any = None, index: Tensor = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         # no later layer mixes tokens: the last MLP runs only for the states that are wanted
-        if state_index is not None:
-            x = x.flatten(0, 1).index_select(0, state_index)  # (M, D)
+        if index is not None:
+            x = x.flatten(0, 1).index_select(0, index)  # (M, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -582,8 +582,7 @@ def shard_files(folder: Path) -> list[Path]:
     index = Path(folder) / "model.safetensors.index.json"
     raw = read_json(index) if index.exists() else {"weight_map": {"all": "model.safetensors"}}
     weight_map = raw.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is {weight_map!r:.99}, wanted a JSON object")
+    check_supported(weight_map, {}, f"{index}: weight_map")
     return [Path(folder) / Path(name).name for name in sorted({*map(str, weight_map.values())})]
 
 

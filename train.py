@@ -61,14 +61,14 @@ class TrainConfig:
     shard: bool = flag(False, "split frozen weights over the processes, for models over one GPU")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
-    lr: float | None = flag(None, "peak (default: 2e-4 x 4096 / decoder width)", low=0, high=1e30)
+    lr: float | None = flag(None, "peak learning rate (default: 0.8192 / width)", low=0, high=1e30)
     soft_prompt_lr: float | None = None  # of soft prompts; None: 4 x lr
     warmup_ratio: float = flag(0.05, "share of the steps with a rising rate", low=0, high=1)
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm; ours
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str | None = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
-    num_workers: int | None = flag(None, "that make batches (default: 8 on cuda)", low=0, high=256)
+    dtype: str | None = flag(None, "weights (default: by device)", choices=("float32", "bfloat16"))
+    num_workers: int | None = flag(None, "data processes (default: 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept
@@ -115,7 +115,9 @@ def train(
         return report(out, held_out, before, held_out.measure(model)) if before else {}
 
 
-def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, config) -> None:
+def adapt(
+    model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows: BadRows, config: TrainConfig
+) -> None:
     """The loop: one optimizer step of L = L_con + weight L_CE (paper Sec. 3.2.3) a batch."""
     out = Path(config.out)
     rank = rank_and_world_size()[0]
@@ -168,26 +170,26 @@ def adapt(model: VladVA, rows: data.Pairs, held_out: HeldOutPairs, bad_rows, con
 
 
 # Returns the line of metrics.jsonl.
-def run_step(model: VladVA, micro_batches: list, optimizer: AdamW, step: int, config) -> dict:
+def run_step(model: VladVA, parts: list, optimizer: AdamW, step: int, config: TrainConfig) -> dict:
     start = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_scale(step, config)
     try:
-        losses = train_step(model, micro_batches, optimizer, config)
+        losses = train_step(model, parts, optimizer, config)
     except torch.OutOfMemoryError as error:
         remedy = f"--micro-batch-size is {config.micro_batch_size}: try half of it"
         raise ValueError(f"step {step}: {str(error).split(' GPU ')[0]} {remedy}") from None
     line = {"step": step} | {name: value.item() for name, value in losses.items()}
     line["lr"] = optimizer.param_groups[0]["lr"]
     line["step_s"] = time.perf_counter() - start
-    line["tokens_per_s"] = sum(part.num_tokens for part in micro_batches) / line["step_s"]
+    line["tokens_per_s"] = sum(part.num_tokens for part in parts) / line["step_s"]
     line["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
     if model.lvlm.device.type == "cuda":
         line["peak_bytes"] = torch.cuda.max_memory_allocated(model.lvlm.device)
     return line
 
 
-def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config) -> dict[str, Tensor]:
+def train_step(model: VladVA, micro_batches: list, optimizer: AdamW, config: TrainConfig) -> dict:
     """Gradients of one batch, clip, update. Returns 0-d tensors; nothing waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     contrastive, next_token = backward(model, micro_batches, config.gradient_caching)
@@ -292,8 +294,8 @@ def lr_scale(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+# Gradient checkpointing and torch.compile, block by block.
 def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
-    """Gradient checkpointing and torch.compile, block by block."""
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         # with or without gradients, first and last block, one row or several: over Dynamo's 8
@@ -355,7 +357,7 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def step_loader(model: VladVA, rows: data.Pairs, config, first_step: int) -> Iterator[tuple]:
+def step_loader(model: VladVA, rows: data.Pairs, config: TrainConfig, first_step: int) -> Iterator:
     """What Steps has for `first_step` and on, made ahead if there are worker processes."""
     # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
     options = {"batch_size": None, "collate_fn": pickle.dumps}
@@ -428,8 +430,8 @@ def stoppable(out: Path) -> Iterator[list]:
             raise ValueError(f"{error}; {last}") from error
 
 
+# Of a run, oldest first; all are whole.
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; all are whole."""
     return sorted((out / "checkpoints").glob("step-??????.safetensors"))
 
 

@@ -91,7 +91,7 @@ class Embeddings(NamedTuple):
 
     image: Tensor  # (S, D), of the rows with an image and a short caption
     text: Tensor  # (S, D), row i belongs to row i of `image`
-    texts: Tensor  # (E, D), of the rows' further texts, one after another
+    further_texts: Tensor  # (E, D), of the rows' further texts, one after another
 
 
 # Eq. 1 on all pairs of the batch; a single one has no negative
@@ -111,7 +111,7 @@ class EmbeddingLoss:
     """An entry of LOSSES: all that the project needs to know of a loss on embeddings."""
 
     function: Callable  # (VladVA, Embeddings of the whole batch) -> 0-d loss
-    inputs: tuple[str, ...] = ("pairs",)  # "pairs": image, short caption; "texts": further texts
+    inputs: tuple[str, ...] = ("pairs",)  # "pairs": image, short caption; "further_texts"
     parameters: Callable = lambda config: {}  # VladVAConfig -> {trained parameter: start value}
 
 
@@ -150,6 +150,8 @@ class VladVAConfig:
             template = getattr(self, name)
             if not template.count("{prompt}") == template.count(content) == 1:
                 raise ValueError(f"{name} is {template!r}: wanted {{prompt}} and {content} once")
+            if not getattr(self, name.replace("template", "prompt")).strip():
+                raise ValueError(f"the prompt of {name} is empty: wanted words")
         if not (self.lora or self.soft_prompts):
             raise ValueError("neither LoRA nor soft prompts: there would be nothing to train")
 
@@ -157,16 +159,16 @@ class VladVAConfig:
 class VladVA(nn.Module):
     """An LVLM with LoRA and soft prompts that embeds images and texts."""
 
-    def __init__(self, lvlm: LVLM, tokenizer, image_processor, config: VladVAConfig, name: str):
+    def __init__(self, lvlm: LVLM, tokenizer: Any, processor: Any, config: VladVAConfig, name: str):
         super().__init__()
         self.lvlm = lvlm
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.image_processor = processor
         self.config = config
         self.name = name
         self.soft_prompts = nn.ParameterDict()
         self.loss_parameters = nn.ParameterDict()
-        self.adapted = False
+        self.adapter_enabled = False
 
     @classmethod
     def from_pretrained(
@@ -205,13 +207,12 @@ class VladVA(nn.Module):
         # a soft prompt starts as the embeddings of the tokens that it replaces
         if self.config.soft_prompts:
             for modality in ("image", "text"):
-                ids = torch.tensor(self.hand_prompt_ids(modality), device=device)
-                start = self.lvlm.decoder.embed_tokens(ids).float()  # (P, D)
-                self.soft_prompts[modality] = nn.Parameter(start)
+                start = self.lvlm.decoder.embed_tokens.weight[self.hand_prompt_ids(modality)]
+                self.soft_prompts[modality] = nn.Parameter(start.float())  # (P, D)
         if self.config.loss in LOSSES:
             for name, value in self.loss.parameters(self.config).items():
                 self.loss_parameters[name] = nn.Parameter(torch.tensor(float(value), device=device))
-        self.adapted = True
+        self.adapter_enabled = True
 
     @property
     def loss(self) -> EmbeddingLoss:
@@ -249,14 +250,14 @@ class VladVA(nn.Module):
     def adapter_disabled(self) -> Iterator[None]:
         """Inside the context this is the untouched LVLM with its hand prompts, bit for bit."""
         with lora_disabled(self.lvlm.decoder), contextlib.ExitStack() as stack:
-            stack.callback(setattr, self, "adapted", self.adapted)
-            self.adapted = False
+            stack.callback(setattr, self, "adapter_enabled", self.adapter_enabled)
+            self.adapter_enabled = False
             yield
 
     # ------------------------------------------------------------------ templates and batches
 
     def sequence(
-        self, template: str, prompt: str, caption="", long_caption: str | None = None, grid=None
+        self, template: str, prompt: str, caption: str = "", long_text: str = None, grid: Any = ()
     ) -> data.TokenSequence:
         """Tokens of a template, and of a long caption and its question if there is one."""
         lvlm_config = self.lvlm.config
@@ -269,18 +270,18 @@ class VladVA(nn.Module):
         prefix, prompt_char = data.fill_template(template, prompt, caption)
         text = prefix
         # behind it, in training: x_p and u of Eq. 2
-        if long_caption is not None:
-            long_caption = self.tokenizer.validate_text(long_caption)
+        if long_text is not None:
+            long_text = self.tokenizer.validate_text(long_text)
             template = lvlm_config.apply_chat_template(DETAIL_TEMPLATE)
-            text += data.fill_template(template, self.config.detail_prompt, long_caption)[0]
+            text += data.fill_template(template, self.config.detail_prompt, long_text)[0]
         # one tokenisation of the whole, then where the parts are in it
         encoding = self.tokenizer.encode(text)
         input_ids = list(encoding.ids)
         spans = data.find_spans(encoding.offsets, prefix, prompt, prompt_char)
         caption_start = None
-        if long_caption is not None:
+        if long_text is not None:
             # the space before the caption belongs to its first token
-            question = text[: -len(long_caption)].rstrip(" ")
+            question = text[: -len(long_text)].rstrip(" ")
             caption_start = sum(end <= len(question) for _, end in encoding.offsets)
             input_ids.append(lvlm_config.end_tokens[0])
         limit = lvlm_config.decoder.max_position_embeddings
@@ -290,7 +291,7 @@ class VladVA(nn.Module):
         return data.TokenSequence(input_ids, *spans, caption_start, position_ids)
 
     # with a long caption: what Eq. 2 is computed on as well
-    def image_sequence(self, long_caption: str | None = None, grid=None) -> data.TokenSequence:
+    def image_sequence(self, long_caption: str = None, grid: tuple = ()) -> data.TokenSequence:
         config = self.config
         return self.sequence(config.image_template, config.image_prompt, "", long_caption, grid)
 
@@ -322,8 +323,8 @@ class VladVA(nn.Module):
         captions = [row["long"] if self.config.next_token_weight else None for row in image_rows]
         # a loss may ask for further texts, with or without an image
         texts = []
-        for row in rows if "texts" in self.loss.inputs else []:
-            texts += row.get("texts", ())
+        for row in rows if "further_texts" in self.loss.inputs else []:
+            texts += row.get("further_texts", ())
         pixels, image_batch = self.image_batch(images, captions) if images else (None, None)
         text_batch = self.text_batch(short_captions) if short_captions else None
         further_texts = self.text_batch(texts) if texts else None
@@ -336,7 +337,7 @@ class VladVA(nn.Module):
         """Decoder inputs (B, T, D): tokens, with soft prompts and image tokens in their places."""
         embeds = self.lvlm.decoder.embed_tokens(batch.input_ids)
         # Sec. 3.3: v^m instead of the hand prompt's tokens; there is none where modality is None
-        if self.adapted and modality in self.soft_prompts:
+        if self.adapter_enabled and modality in self.soft_prompts:
             soft_prompt = self.soft_prompts[modality].to(embeds.dtype)  # (P, D)
             rows = torch.arange(len(embeds), device=embeds.device)[:, None]
             offsets = torch.arange(len(soft_prompt), device=embeds.device)
@@ -348,7 +349,7 @@ class VladVA(nn.Module):
             embeds = embeds.index_put(tuple(batch.image_token_index), features.to(embeds.dtype))
         return embeds
 
-    def hidden_states(self, batch: data.Batch, modality: str, pixels=None) -> tuple[Tensor, Tensor]:
+    def hidden_states(self, batch: data.Batch, modality: str, pixels: Any = None) -> tuple:
         """States of the summary tokens (B, D), and those that predict a caption token (M, D)."""
         inputs_embeds = self.inputs_embeds(batch, modality, pixels)  # (B, T, D)
         batch_size, width = batch.input_ids.shape
@@ -361,15 +362,15 @@ class VladVA(nn.Module):
     def embed_batch(self, batch: data.TrainingBatch) -> tuple[Embeddings, Tensor]:
         """Embeddings of a TrainingBatch, and the states (M, D) that predict its caption tokens."""
         nothing = torch.zeros(0, self.lvlm.config.decoder.hidden_size, device=self.lvlm.device)
-        image_emb = text_emb = texts_emb = caption_states = nothing
+        image_emb = text_emb = further_emb = caption_states = nothing
         if batch.images:
             summary, caption_states = self.hidden_states(batch.images, "image", batch.pixels)
             image_emb = summary_embedding(summary)[batch.image_of_text]
         if batch.texts:
             text_emb = summary_embedding(self.hidden_states(batch.texts, "text")[0])
         if batch.further_texts:
-            texts_emb = summary_embedding(self.hidden_states(batch.further_texts, "text")[0])
-        return Embeddings(image_emb, text_emb, texts_emb), caption_states
+            further_emb = summary_embedding(self.hidden_states(batch.further_texts, "text")[0])
+        return Embeddings(image_emb, text_emb, further_emb), caption_states
 
     def forward(self, batch: data.TrainingBatch) -> Tensor:
         """L = L_con + weight L_CE of a batch in one piece (paper Sec. 3.2.3), 0-d."""

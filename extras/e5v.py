@@ -47,7 +47,7 @@ def text_text_loss(triples: Tensor, temperature) -> Tensor:
 
 def triples_loss(model: VladVA, emb: Embeddings) -> Tensor:
     """text_text_loss of the batch's texts, three a row."""
-    return text_text_loss(emb.texts.unflatten(0, (-1, 3)), model.temperature)
+    return text_text_loss(emb.further_texts.unflatten(0, (-1, 3)), model.temperature)
 
 
 def sum_loss(model: VladVA, emb: Embeddings) -> Tensor:
@@ -56,8 +56,10 @@ def sum_loss(model: VladVA, emb: Embeddings) -> Tensor:
 
 
 # with a temperature as VladVA's, learned or not
-LOSSES["text-text"] = replace(LOSSES["vladva"], function=triples_loss, inputs=("texts",))
-LOSSES["vladva+text-text"] = replace(LOSSES["vladva"], function=sum_loss, inputs=("pairs", "texts"))
+LOSSES["text-text"] = replace(LOSSES["vladva"], function=triples_loss, inputs=("further_texts",))
+LOSSES["vladva+text-text"] = replace(
+    LOSSES["vladva"], function=sum_loss, inputs=("pairs", "further_texts")
+)
 
 
 def scene_triple(seed: int, index: int) -> tuple[str, tuple]:
@@ -102,8 +104,8 @@ class TextRows:
     def row(self, index: int, rng: random.Random) -> dict:
         where, texts = self.triple(index % self.count)
         if self.pairs:
-            return self.pairs.row(index, rng) | {"texts": texts}
-        return {"image": None, "short": None, "long": None, "where": where, "texts": texts}
+            return self.pairs.row(index, rng) | {"further_texts": texts}
+        return {"image": None, "short": None, "long": None, "where": where, "further_texts": texts}
 
 
 def open_rows(config: train.TrainConfig, model: VladVA, bad_rows: BadRows, text_data: str):

@@ -362,7 +362,7 @@ def export(
     """Write an adapted model as a folder that others read; the model itself stays as it is."""
     folder = Path(folder)
     check_empty(folder)
-    if not model.adapted:
+    if not model.adapter_enabled:
         raise ValueError("there is no adapter to export: load one, or train one with train.py")
     tokenizer, embeddings, config = add_tokens(model)
     # without weights of its own the folder can only change rows that the base has

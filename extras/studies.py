@@ -115,7 +115,7 @@ def before_and_after(model: VladVA) -> Iterator[str]:
     """Yields "before", while the adapter is switched off, and then "after" if there is one."""
     with model.adapter_disabled():
         yield "before"
-    if model.adapted:
+    if model.adapter_enabled:
         yield "after"
 
 
@@ -169,7 +169,7 @@ def column(rows: list[dict], name: str) -> list:
 
 def study_prompts(model: VladVA, args: argparse.Namespace) -> tuple[dict, Callable | None]:
     """Entropy, spread and retrieval of many pairs of hand prompts, and how they go together."""
-    if model.adapted:
+    if model.adapter_enabled:
         raise ValueError("prompts: the soft prompts of an adapted model have replaced them")
     pairs = read_json(args.prompts, list)
     wrong = [p for p in pairs if not isinstance(p, dict) or p.keys() != {"image", "text"}]

@@ -1,6 +1,7 @@
 """Runs that are killed at a random moment and resumed, against one that is not. By hand.
 
     python tests/kill.py [--runs 20] [--seed 0]  # 20 runs take about 8 minutes
+    python tests/kill.py --runs 4 --ranks 2  # two processes, all killed at once
 
 Counts the runs whose adapter file is the same to the byte and whose metrics.jsonl has each step
 once with the same losses. The signal is SIGKILL, which no process can answer.
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kill.py", description="Kill and resume runs.")
     parser.add_argument("--runs", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default: 1)")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
     num_same = 0
@@ -39,12 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         flags = ["--model", model, "--data", write_pairs(folder / "data"), "--steps", STEPS]
         flags += ["--batch-size", 8, "--lora-rank", 4, "--holdout", 0, "--save-every", 2]
         whole = folder / "whole"
-        finish(spawn("train.py", *flags, "--out", whole))
+        finish(spawn("train.py", *flags, "--out", whole, ranks=args.ranks))
         for number in range(1, args.runs + 1):
             out = folder / f"killed-{number}"
             after = rng.randint(1, STEPS - 1)
             start = time.monotonic()
-            kill_and_resume(flags, out, after, delay=rng.uniform(0, 0.2))
+            kill_and_resume(flags, out, after, delay=rng.uniform(0, 0.2), ranks=args.ranks)
             adapters = [path / "adapter.safetensors" for path in (whole, out)]
             same = adapters[0].read_bytes() == adapters[1].read_bytes()
             same = same and steps_and_losses(whole) == steps_and_losses(out)

@@ -1,6 +1,7 @@
 """The original LLaVA's layout: a folder rewritten in it converts back to the same model."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -210,6 +211,15 @@ def test_files_of_another_kind_are_refused_in_one_line(original, hub_folder, tmp
         assert message in refuse(capsys, original, tmp_path / "out")
     (original / "pytorch_model-2.bin").write_bytes(b"PK\x03\x04 and no more")
     assert "pytorch_model-2.bin is broken" in refuse(capsys, original, tmp_path / "out")
+    # on a pipe reading would wait
+    for name, message in (("pytorch_model-2.bin", "not a file"), ("tokenizer.json", "is missing")):
+        content = (original / name).read_bytes()
+        (original / name).unlink()
+        os.mkfifo(original / name)
+        err = refuse(capsys, original, tmp_path / "out")
+        assert name in err and message in err
+        (original / name).unlink()
+        (original / name).write_bytes(content)
     for text in ("{", '{"model": {"type": "BPE"}}'):
         (original / "tokenizer.json").write_text(text)
         assert "tokenizer.json is no tokenizer (" in refuse(capsys, original, tmp_path / "out")

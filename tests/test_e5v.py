@@ -53,7 +53,7 @@ def test_gradients_with_triples_equal_the_definition(random_folder, scene_rows, 
         if loss == "text-text":
             row = {"image": None, "short": None, "long": None}
         if i != 1:
-            row = row | {"texts": scenes.caption_triple(5, i, "swap_att")[1]}
+            row = row | {"further_texts": scenes.caption_triple(5, i, "swap_att")[1]}
         if i != 1 or loss != "text-text":
             rows.append(row)
     whole = model(model.training_batch(rows))

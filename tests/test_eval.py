@@ -570,6 +570,36 @@ def test_a_file_that_is_no_whole_archive_is_one_line(tmp_path, capsys):
     with open(file, "wb") as npy:
         np.save(npy, np.ones((3, 4)))
     assert "cannot be used as embeddings" in refusal(capsys, tmp_path, "flickr30k")
+    # on a pipe reading would wait
+    file.unlink()
+    os.mkfifo(file)
+    assert "cannot be used as embeddings (no such file)" in refusal(capsys, tmp_path, "flickr30k")
+
+
+@pytest.mark.parametrize("caption", [" ", "a </s> b", "\ud800"])
+def test_a_caption_that_is_none_is_named_with_its_folder(tmp_path, random_folder, capsys, caption):
+    """Before the images, which take hours, are encoded."""
+    write_image(tmp_path / "1.jpg")
+    write(tmp_path / KARPATHY_FILE, {"images": [karpathy_row("1.jpg", "test", [caption])]})
+    (tmp_path / "1.jpg").write_text("no image")
+    flags = ["--task", "flickr30k", "--folder", str(tmp_path), "--model", str(random_folder)]
+    with pytest.raises(SystemExit):
+        benchmarks.main(flags)
+    err = capsys.readouterr().err
+    assert str(tmp_path) in err and "1.jpg" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "x"}, {"task": [1]}, {"scores": None}, {"scores": {"a": "x"}}, {"scores": {"a": []}}],
+)
+def test_a_result_of_another_kind_is_refused(tmp_path, capsys, change):
+    """It ended in a traceback, or was left out of the tables without a word."""
+    write(tmp_path / "result.json", {"task": "coco", "scores": {"a": 5.0}} | change)
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--task", "paper", str(tmp_path / "result.json")])
+    printed, err = capsys.readouterr()
+    assert "result.json" in err and err.count("\n") == 1 and not printed
 
 
 def test_embeddings_of_any_magnitude_are_normalised_and_others_in_the_file_are_not_read(tmp_path):

@@ -303,3 +303,18 @@ def test_studies_take_a_pairs_file_and_refuse_what_they_cannot_do(
             studies.main([*flags, "--model", str(random_folder), "--out", str(tmp_path)])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_study_that_is_refused_names_what_was_wrong_and_leaves_no_folder(
+    random_folder, tmp_path, capsys
+):
+    """A folder that cannot be made was noticed after the work."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"image": "a", "text": "b"}, {"image": "a </s>", "text": "b"}]))
+    flags = ["--model", str(random_folder), "--items", "4", "--prompts", str(prompts)]
+    for out in (tmp_path / "new" / "studied", prompts / "x"):
+        with pytest.raises(SystemExit):
+            studies.main(["prompts", *flags, "--out", str(out)])
+        printed, err = capsys.readouterr()
+        assert "prompts.json" in err and err.count("\n") == 1 and not printed
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.json"]

@@ -28,7 +28,7 @@ from conftest import (
     write_llama_tokenizer,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import data
@@ -258,14 +258,14 @@ def sigmoid_start(config):
 
 def triplet_loss(model, emb):
     """Further texts in threes: the first is to be nearer to the second than to the third."""
-    first, second, third = emb.texts.unflatten(0, (-1, 3)).unbind(1)
+    first, second, third = emb.further_texts.unflatten(0, (-1, 3)).unbind(1)
     margin = (first * second).sum(-1) - (first * third).sum(-1)
     return sigmoid_loss(model, emb) - F.logsigmoid(margin).mean()
 
 
 USERS_LOSSES = {
     "sigmoid": EmbeddingLoss(sigmoid_loss, parameters=sigmoid_start),
-    "triplets": EmbeddingLoss(triplet_loss, ("pairs", "texts"), sigmoid_start),
+    "triplets": EmbeddingLoss(triplet_loss, ("pairs", "further_texts"), sigmoid_start),
 }
 
 
@@ -280,7 +280,7 @@ def rows_with_triplets(scene_rows):
     rows = []
     for i, row in enumerate(scene_rows):
         texts = [f"a {colour} circle {'and ' * i}square" for colour in ("red", "green", "blue")]
-        rows.append(row if i == 1 else row | {"texts": texts})
+        rows.append(row if i == 1 else row | {"further_texts": texts})
     return rows
 
 
@@ -892,6 +892,31 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(
     monkeypatch.setattr(data, "save_file", save_file)
     training.main(["--out", str(out), "--resume"])
     assert steps_written(out) == [1, 2, 3, 4, 5, 6]
+
+
+BAD_STATES = {  # end of a tensor's name in a checkpoint: what stands there instead
+    ".exp_avg": lambda tensor: torch.cat([tensor.reshape(-1)] * 2),
+    ".exp_avg_sq": lambda tensor: tensor.long(),
+    ".step": lambda tensor: tensor[None].clone(),
+    ".value": lambda tensor: tensor * math.nan,
+}
+
+
+@pytest.mark.parametrize("ending", BAD_STATES)
+def test_a_checkpoint_that_does_not_fit_is_refused(random_folder, pairs, tmp_path, capsys, ending):
+    """AdamW's kernel wrote past the end of a state of a wrong shape: a segmentation fault."""
+    out = tmp_path / "run"
+    run(random_folder, pairs, out, "--save-every", 6)
+    (path,) = training.checkpoints(out)
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if key.endswith(ending))
+    save_file(tensors | {key: BAD_STATES[ending](tensors[key])}, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        training.main(["--out", str(out), "--resume"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert "step-000006" in err and key in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpoint(

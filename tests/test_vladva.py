@@ -6,6 +6,8 @@ Not here: measures of the paper's figures (test_studies.py), E5-V (test_e5v.py),
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -503,20 +505,25 @@ def test_an_adapter_of_an_unregistered_loss_still_encodes(
 
 
 def further_texts_loss(model, emb):
-    return emb.texts.square().sum()
+    return emb.further_texts.square().sum()
 
 
 def test_a_loss_takes_the_parts_of_the_rows_that_it_names(random_folder, scene_rows, monkeypatch):
     """Further texts alone: no short caption is embedded, and Eq. 2 stays beside it."""
-    monkeypatch.setitem(LOSSES, "further", EmbeddingLoss(further_texts_loss, inputs=("texts",)))
-    rows = [scene_rows[0] | {"texts": ["a", "a b"]}, scene_rows[1] | {"texts": ["c"]}]
-    rows.append({"image": None, "short": None, "long": None, "texts": ["d e", "f"]})
+    monkeypatch.setitem(
+        LOSSES, "further", EmbeddingLoss(further_texts_loss, inputs=("further_texts",))
+    )
+    rows = [
+        scene_rows[0] | {"further_texts": ["a", "a b"]},
+        scene_rows[1] | {"further_texts": ["c"]},
+    ]
+    rows.append({"image": None, "short": None, "long": None, "further_texts": ["d e", "f"]})
     model = VladVA.from_pretrained(random_folder, config=VladVAConfig(loss="further"))
     batch = model.training_batch(rows)
     emb, caption_states = model.embed_batch(batch)
-    assert (len(emb.image), len(emb.text), len(emb.texts)) == (0, 0, 5)
+    assert (len(emb.image), len(emb.text), len(emb.further_texts)) == (0, 0, 5)
     wanted = model.encode_text(["a", "a b", "c", "d e", "f"])
-    torch.testing.assert_close(emb.texts, wanted, **ROUNDING)
+    torch.testing.assert_close(emb.further_texts, wanted, **ROUNDING)
     next_token = vladva.next_token_loss(
         caption_states, batch.caption_targets, model.lvlm.lm_head.weight
     )
@@ -637,3 +644,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, random_folder
     err = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in err and err.count("\n") == 1
+
+
+FOLDER_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [*FOLDER_FILES, "adapter.safetensors"])
+def test_a_pipe_is_no_file_of_a_model_nor_of_an_adapter(random_folder, tmp_path, name):
+    """Whoever opens one to read waits for a writer."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_folder, folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name}.* (is missing|not found)"):
+        VladVA.from_pretrained(folder, folder if name.startswith("adapter") else None)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("image_prompt", "\ud800"), ("image_prompt", " "), ("text_prompt", "")]
+)
+def test_an_adapter_without_a_prompt_or_with_half_a_character_is_refused(tmp_path, field, value):
+    """The tokenizer raised TypeError, and the search for the prompt's tokens IndexError."""
+    about = json.dumps({"config": {field: value}})
+    save_file({}, tmp_path / "adapter.safetensors", {"adapter": about})
+    with pytest.raises(ValueError, match="image_prompt is|the prompt of .*_template is empty"):
+        vladva.read_adapter(tmp_path)
