@@ -473,8 +473,9 @@ class HeldOutScenes:
         sim = similarity(image_emb[: len(self)], text_emb[: len(self)])
         # Eq. 2 on the first of them only, to save time
         images = self.benchmark.images
-        described = enumerate(images.scenes[: min(300, len(self))])
-        captions = [long_caption(scene, Random(f"long {self.seed} {i}")) for i, scene in described]
+        captions = []
+        for i, scene in enumerate(images.scenes[: min(300, len(self))]):
+            captions.append(long_caption(scene, Random(f"long {self.seed} {i}")))
         caption_loss = bench.mean_caption_loss(model, images, captions)
         return bench.Measured(self.benchmark.score(image_emb, text_emb), sim, caption_loss)
 
