@@ -26,10 +26,8 @@ from model import parse_config, read_json
 from vladva import VladVA, VladVAConfig, load_model
 
 # what `fill` asks for; the long prompt is the paper's (Sec. 3.2.3), the short one LLaVA's
-PROMPTS = {
-    "short": "Provide a brief description of the image.",
-    "long": VladVAConfig.detail_prompt,
-}
+PROMPTS = {"short": "Provide a brief description of the image."}
+PROMPTS["long"] = VladVAConfig.detail_prompt
 
 # ------------------------------------------ public caption files: readers of (image, caption)
 
@@ -286,14 +284,9 @@ def open_part(path: Path, args: argparse.Namespace) -> int:
             other = first.decode(errors="replace").strip()[:1000]
             raise ValueError(f"{path} is of a run with {other}: delete it to start anew")
         # of the last line a kill or a full disk may have left the beginning
-        num_rows = 0
-        size = len(header)
-        for line in part:
-            if line.endswith(b"\n"):
-                num_rows += 1
-                size += len(line)
-        part.truncate(size)
-    return num_rows
+        lengths = [len(line) for line in part if line.endswith(b"\n")]
+        part.truncate(len(header) + sum(lengths))
+    return len(lengths)
 
 
 def open_row(pairs: data.Pairs, index: int, tokenizer: data.Tokenizer) -> dict | str:
@@ -362,9 +355,9 @@ def write_filled(part: Path, out: str) -> None:
 @data.command
 def main(argv: list[str] | None = None) -> Counter | None:
     parser = data.Parser(prog="python -m extras.captions")
-    commands = parser.add_subparsers(required=True, metavar="convert|check|fill")
+    runs = {"convert": convert, "check": check, "fill": fill}
+    commands = parser.add_subparsers(required=True, dest="command", metavar="|".join(runs))
     command = commands.add_parser("convert", help="public caption files -> one pairs file")
-    command.set_defaults(run=convert)
     source_help = "short: or long:, then FILE[@FOLDER OF ITS IMAGES] or a folder of images"
     command.add_argument("sources", nargs="+", metavar="SOURCE", help=source_help)
     command.add_argument("--out", required=True, help="the pairs file to write (required)")
@@ -372,20 +365,19 @@ def main(argv: list[str] | None = None) -> Counter | None:
     command.add_argument("--drop", nargs="+", default=[], metavar="FILE", help=drop_help)
     pairs = data.Parser(add_help=False)
     pairs.add_argument("pairs", metavar="PAIRS", help="the pairs file to read")
-    images_help = "the folder that images may lie in (default: that of PAIRS)"
-    pairs.add_argument("--images", metavar="FOLDER", help=images_help)
+    pairs.add_argument("--images", metavar="FOLDER", help="of images (default: that of PAIRS)")
     command = commands.add_parser("check", help="count what a pairs file holds", parents=[pairs])
-    command.set_defaults(run=check)
     command.add_argument("--model", default="tiny", help="whose tokens count (default: tiny)")
     command = commands.add_parser("fill", help="write the missing captions", parents=[pairs])
-    command.set_defaults(run=fill)
     command.add_argument("--out", required=True, help="the pairs file to write (required)")
     command.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
     data.add_model_flags(command)
     args = parser.parse_args(argv)
-    if args.run != check and (os.path.lexists(args.out) or not Path(args.out).parent.is_dir()):
+    if args.command != "check" and (
+        os.path.lexists(args.out) or not Path(args.out).parent.is_dir()
+    ):
         raise ValueError(f"{args.out} is there already, or its folder is not: wanted a new file")
-    return args.run(args)
+    return runs[args.command](args)
 
 
 if __name__ == "__main__":

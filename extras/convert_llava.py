@@ -48,8 +48,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             else:
                 part = load_file(path)
         except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-            problem = f"{path} is broken, or holds more than tensors: {error!s:.90}"
-            raise ValueError(problem) from None
+            raise ValueError(f"{path} is broken, or more than tensors: {error!s:.90}") from None
         for key, tensor in part.items():
             if key.startswith(IGNORED) or key.endswith(model.IGNORED_KEYS):
                 continue
@@ -123,8 +122,7 @@ def convert(source: Path, out: Path) -> None:
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    description = "Convert the original LLaVA-1.5 to the layout of llava-hf, which --model takes."
-    parser = data.Parser("python -m extras.convert_llava", description=description)
+    parser = data.Parser("python -m extras.convert_llava", description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="folder of the original, CLIP's folder beside it")
     parser.add_argument("out", type=Path, help="folder to write; it may not exist yet")
     args = parser.parse_args(argv)

@@ -56,10 +56,9 @@ def sum_loss(model: VladVA, emb: Embeddings) -> Tensor:
 
 
 # with a temperature as VladVA's, learned or not
-LOSSES["text-text"] = replace(LOSSES["vladva"], function=triples_loss, inputs=("further_texts",))
-LOSSES["vladva+text-text"] = replace(
-    LOSSES["vladva"], function=sum_loss, inputs=("pairs", "further_texts")
-)
+VLADVA = LOSSES["vladva"]
+LOSSES["text-text"] = replace(VLADVA, function=triples_loss, inputs=("further_texts",))
+LOSSES["vladva+text-text"] = replace(VLADVA, function=sum_loss, inputs=("pairs", "further_texts"))
 
 
 def scene_triple(seed: int, index: int) -> tuple[str, tuple]:
@@ -77,13 +76,11 @@ def read_triples(path: str, tokenizer: data.Tokenizer) -> list[tuple[str, tuple]
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         try:
-            if not set(COLUMNS) <= set(reader.fieldnames or ()):
-                raise ValueError(f"the first line is {reader.fieldnames}; {wanted}")
             for row in reader:
-                texts = tuple(tokenizer.validate_text(row[name]) for name in COLUMNS)
+                texts = tuple(tokenizer.validate_text(row.get(name)) for name in COLUMNS)
                 triples.append((f"{path}:{reader.line_num}", texts))
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+            raise ValueError(f"{path}:{reader.line_num}: {error}; {wanted}") from None
     if len(triples) < 2:
         raise ValueError(f"{path}: {len(triples)} rows; at least 2 are needed")
     return triples

@@ -25,17 +25,16 @@ from torch import Tensor
 import data
 from data import write_json
 from lora import lora_layers
-from model import LVLM, LVLMConfig, from_json, parse_json, read_json, read_tensors
+from model import LVLM, LVLMConfig, from_json, parse_json, read_json, read_tensors, rename_key
 from vladva import VladVA, VladVAConfig, load_model
 
-LLAVA_PREFIXES = (  # name here -> name in llava-hf's folders; the first that fits
-    ("vision.layers.", "vision_tower.vision_model.encoder.layers."),
-    ("vision.pre_layrnorm.", "vision_tower.vision_model.pre_layrnorm."),
-    ("vision.post_layernorm.", "vision_tower.vision_model.post_layernorm."),
-    ("vision.", "vision_tower.vision_model.embeddings."),
-    ("projector.", "multi_modal_projector."),
-    ("decoder.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
+LLAVA_PATTERNS = (  # name here -> name in llava-hf's folders
+    (r"^vision\.layers\.", "vision_tower.vision_model.encoder.layers."),
+    (r"^vision\.(pre_layrnorm|post_layernorm)\.", r"vision_tower.vision_model.\1."),
+    (r"^vision\.", "vision_tower.vision_model.embeddings."),
+    (r"^projector\.", "multi_modal_projector."),
+    (r"^decoder\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
 )
 
 
@@ -43,17 +42,14 @@ def hub_key(name: str, config: LVLMConfig) -> str:
     """Name of a parameter of LVLM -> its name in the hub's folders; undoes model.rename_key."""
     if hasattr(config, "hub_key"):
         return config.hub_key(name)
-    for prefix, theirs in LLAVA_PREFIXES:
-        if name.startswith(prefix):
-            return theirs + name[len(prefix) :]
-    raise ValueError(f"{name} has no name in the hub's layout")
+    return rename_key(name, LLAVA_PATTERNS)
 
 
-def save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size="5GB", **options) -> None:
+def save_weights(tensors: dict[str, Tensor], folder: Path, **options) -> None:
     """Write {name in the hub's layout: tensor} as model.safetensors, or as shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size, **options)
+        save_torch_state_dict(tensors, folder, **options)
     except SafetensorError as error:  # a full disk
         raise OSError(f"{folder}: the weights could not be written ({error})") from None
     # safetensors 0.8 lets nobody else read what it writes
@@ -61,12 +57,37 @@ def save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size="5GB",
         path.chmod(0o644)
 
 
-def save_lvlm(lvlm: LVLM, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and weights, in dtype (None: as they are); model.load_lvlm reads them."""
-    parameters = lvlm.named_parameters()
-    tensors = {hub_key(name, lvlm.config): p.detach().to("cpu", dtype) for name, p in parameters}
-    save_weights(tensors, Path(folder))
-    write_json(Path(folder) / "config.json", lvlm.config.raw)
+def save_lvlm(
+    lvlm: LVLM, folder: str | Path, dtype: torch.dtype = None, added: dict = None, **options
+) -> None:
+    """Write config.json and weights, in dtype (None: as they are); model.load_lvlm reads them.
+
+    LoRA is folded in. added: {id: embedding} of tokens that add_tokens added.
+    """
+    folder = Path(folder)
+    config = lvlm.config
+    ids = list(added or ())
+    vocab_size = max([config.decoder.vocab_size] + [i + 1 for i in ids])
+    layers = lora_layers(lvlm)
+    tensors = {}
+    for name, p in lvlm.named_parameters():
+        if name.endswith(("lora_a", "lora_b")):
+            continue
+        layer = layers.get(name.removesuffix(".weight"))
+        weight = layer.merged_weight() if layer else p.detach()
+        if ids and name in ("decoder.embed_tokens.weight", "lm_head.weight"):
+            weight = F.pad(weight, (0, 0, 0, vocab_size - len(weight)))  # a copy in any case
+            # an added token is not to be generated
+            weight[ids] = 0
+            if name == "decoder.embed_tokens.weight":
+                weight[ids] = torch.stack([added[i] for i in ids]).to(weight)
+        tensors[hub_key(name, config)] = weight.to("cpu", dtype)
+    save_weights(tensors, folder, **options)
+    raw = json.loads(json.dumps(config.raw))
+    raw.pop("dtype", None)
+    raw["torch_dtype"] = str(dtype or lvlm.dtype).removeprefix("torch.")
+    raw.get("text_config", raw)["vocab_size"] = vocab_size
+    write_json(folder / "config.json", raw)
 
 
 # ------------------------------------------------------------------ soft prompts as added tokens
@@ -74,10 +95,9 @@ def save_lvlm(lvlm: LVLM, folder: str | Path, dtype: torch.dtype | None = None) 
 
 def split_ids(model: VladVA, modality: str, caption: str = "a") -> tuple[list, list, list]:
     """Ids of a modality's sequence with one image token: before its prompt, of it, behind it."""
+    sequence = model.text_sequence(caption)
     if modality == "image":
         sequence = model.image_sequence(grid=(1, 1))
-    else:
-        sequence = model.text_sequence(caption)
     ids = sequence.input_ids
     start = sequence.prompt_start
     end = start + sequence.prompt_length
@@ -114,52 +134,16 @@ def add_tokens(model: VladVA) -> tuple[tokenizers.Tokenizer, dict[int, Tensor], 
     embeddings = {}
     for modality, soft_prompt in model.soft_prompts.items():
         # behind the trained vectors come the spaces, which are as they were
-        _, prompt_ids, _ = split_ids(model, modality)
-        spaces = torch.tensor(prompt_ids[len(soft_prompt) :], dtype=torch.long)
-        vectors = [
-            *soft_prompt.detach(),
-            *model.lvlm.decoder.embed_tokens(spaces.to(model.lvlm.device)),
-        ]
+        prompt_ids = torch.tensor(split_ids(model, modality)[1], device=model.lvlm.device)
+        spaces = model.lvlm.decoder.embed_tokens(prompt_ids[len(soft_prompt) :])
+        vectors = torch.cat([soft_prompt.detach(), spaces])  # (tokens of the prompt, D)
         names = [f"<{modality}_prompt_{i}>" for i in range(len(vectors))]
         tokenizer.add_special_tokens(names)
-        embeddings |= {tokenizer.token_to_id(name): x for name, x in zip(names, vectors)}
+        embeddings |= zip(map(tokenizer.token_to_id, names), vectors)
         prompt = "".join(names)
         template = spell_template(model, modality, prompt, tokenizer)
         config = replace(config, **{f"{modality}_prompt": prompt, f"{modality}_template": template})
     return tokenizer, embeddings, config
-
-
-def read_config(folder: str | Path) -> VladVAConfig:
-    """The config with which VladVA.from_pretrained(folder, config=...) embeds as before."""
-    path = Path(folder) / "vladva.json"
-    return from_json(VladVAConfig, read_json(path).get("config"), str(path))
-
-
-def save_merged(model: VladVA, embeddings: dict[int, Tensor], folder, max_shard_size) -> None:
-    """config.json and weights, with LoRA folded in and rows for the added tokens."""
-    lvlm_config = model.lvlm.config
-    ids = list(embeddings)
-    vocab_size = max([lvlm_config.decoder.vocab_size] + [i + 1 for i in ids])
-    layers = lora_layers(model.lvlm)
-    tensors = {}
-    for name, p in model.lvlm.named_parameters():
-        if name.endswith(("lora_a", "lora_b")):
-            continue
-        layer = layers.get(name.removesuffix(".weight"))
-        weight = layer.merged_weight() if layer else p.detach()
-        if ids and name in ("decoder.embed_tokens.weight", "lm_head.weight"):
-            weight = F.pad(weight, (0, 0, 0, vocab_size - len(weight)))  # a copy in any case
-            # an added token is not to be generated
-            weight[ids] = 0
-            if name == "decoder.embed_tokens.weight":
-                weight[ids] = torch.stack([embeddings[i] for i in ids]).to(weight)
-        tensors[hub_key(name, lvlm_config)] = weight.to("cpu")
-    save_weights(tensors, folder, max_shard_size)
-    raw = json.loads(json.dumps(lvlm_config.raw))
-    raw.pop("dtype", None)
-    raw["torch_dtype"] = str(model.lvlm.dtype).removeprefix("torch.")
-    raw.get("text_config", raw)["vocab_size"] = vocab_size
-    write_json(folder / "config.json", raw)
 
 
 # ------------------------------------------------------------------------------- peft's format
@@ -247,32 +231,7 @@ TRANSFORMER = {  # sentence-transformers' module around the model
     "module_output_name": "token_embeddings",
     "processor_kwargs": {"use_fast": False},  # Pillow's resize, as here
 }
-CHAT_TEMPLATE = """{%- set parts = messages[-1]["content"] -%}
-{%- set image, before, behind = PROMPTS -%}
-{%- if parts | length != 1 -%}{{ raise_exception("an image or a text, one at a time") }}
-{%- elif parts[0]["type"] == "image" -%}{{ image }}
-{%- else -%}{{ before + (parts[0]["text"] | trim) + behind }}
-{%- endif -%}
-"""
-CARD = """---
-library_name: sentence-transformers
-pipeline_tag: feature-extraction
-tags: [sentence-transformers, feature-extraction, sentence-similarity, multimodal, vladva]
----
-Embeddings of images and texts by {base}, adapted by VladVA (arXiv 2412.04378).
-
-    from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer("path/to/this/folder")
-    image_emb = model.encode(["a.jpg", "b.jpg"])  # paths
-    text_emb = model.encode(["a red bus"])
-    print(model.similarity(image_emb, text_emb))
-
-vladva.json holds the prompts and the configuration of the training.{scores}
-
-Limits: an image or a text at a time, not both; a text that holds an added token such as
-`<text_prompt_0>` is read as the prompt; a text over {positions} tokens is cut. Of a path
-transparency is dropped; PIL.ImageOps.exif_transpose(PIL.Image.open(path)) is laid on white.
-"""
+TEMPLATES = data.TINY.parent / "export"  # the chat template and the model card
 
 
 # Tokenizer and image processor, as transformers reads them.
@@ -313,7 +272,8 @@ def save_prompts(model: VladVA, config: VladVAConfig, folder: Path) -> None:
     write_json(folder / "vladva.json", prompts | {"config": asdict(config)})
     # Jinja reads JSON's strings
     strings = [prompts["image"], *prompts["text"].split("{caption}")]
-    template = CHAT_TEMPLATE.replace("PROMPTS", json.dumps(strings, ensure_ascii=False))
+    template = (TEMPLATES / "chat_template.jinja").read_text(encoding="utf-8")
+    template = template.replace("PROMPTS", json.dumps(strings, ensure_ascii=False))
     data.write_text(folder / "chat_template.jinja", template)
     modules = []
     for index, name in enumerate(("Transformer", "Pooling", "Normalize")):
@@ -342,7 +302,8 @@ def model_card(model: VladVA, scores: dict | None) -> str:
     repo = data.MODELS.get(model.name, model.name)
     base = Path(repo).name if Path(repo).is_dir() else repo
     positions = model.lvlm.config.decoder.max_position_embeddings
-    return CARD.format(base=base, scores=table, positions=positions)
+    card = (TEMPLATES / "card.md").read_text(encoding="utf-8")
+    return card.format(base=base, scores=table, positions=positions)
 
 
 def check_empty(folder: str | Path) -> None:
@@ -379,7 +340,7 @@ def export(
     if adapter_only:
         save_peft_adapter(model, embeddings, folder)
     else:
-        save_merged(model, embeddings, folder, max_shard_size)
+        save_lvlm(model.lvlm, folder, added=embeddings, max_shard_size=max_shard_size)
 
 
 @data.command

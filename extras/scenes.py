@@ -268,9 +268,8 @@ def paraphrase(caption: Caption, rng: Random) -> Caption:
         mentions[:2] = mentions[1::-1]
     else:
         rng.shuffle(mentions)
-    opening = rng.choice(OPENINGS)
-    relation = OPPOSITE.get(caption.relation)
-    return replace(caption, opening=opening, mentions=tuple(mentions), relation=relation)
+    changes = {"mentions": tuple(mentions), "relation": OPPOSITE.get(caption.relation)}
+    return replace(caption, opening=rng.choice(OPENINGS), **changes)
 
 
 # ---------------------------------------- hard negatives after SugarCrepe, pairs after Winoground
@@ -523,8 +522,7 @@ def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict[str, fl
 
 @data.command
 def main(argv: list[str] | None = None) -> dict:
-    about = "Measure a model on rendered scenes held out of training."
-    parser = data.Parser("python -m extras.scenes", description=about)
+    parser = data.Parser("python -m extras.scenes", description=__doc__.split("\n")[0])
     add = parser.add_argument
     task_help = "score embeddings of scenes, or the model's own captions (default: scenes)"
     add("--task", choices=("scenes", "captions"), default="scenes", help=task_help)

@@ -349,7 +349,7 @@ def test_a_merged_folder_embeds_as_the_adapter_does(qwen_folder, tmp_path, parts
     merged = tmp_path / "merged"
     export.export(model, merged, max_shard_size="200KB")
     assert (merged / "model.safetensors.index.json").exists()
-    plain = VladVA.from_pretrained(merged, config=export.read_config(merged))
+    plain = VladVA.from_pretrained(merged)
     assert (plain.image_processor.min_pixels, plain.image_processor.max_pixels) == (576, 1152)
     image = Image.fromarray(seeded_image((50, 40)))
     assert_close(plain.encode_image([image]), model.encode_image([image]))
