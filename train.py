@@ -141,7 +141,8 @@ def adapt(
                 problem = f"loss {line['loss']} or gradient norm {line['grad_norm']} is not finite"
                 names = ", ".join(where)[:800]
                 raise ValueError(f"step {step}: {problem}; rows {names}; lower --lr")
-            if config.eval_every and step % config.eval_every == 0 and len(held_out) > 1:
+            measured = len(held_out) > 1 and step % (config.eval_every or config.steps) == 0
+            if measured and step < config.steps:
                 line["held_out"] = held_out.measure(model).scores
             metrics.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{line['loss']:.3f}")

@@ -9,7 +9,7 @@ OUT/ablation.json, ablation.md and ablation.png. --resume reads what is done and
 import contextlib
 import dataclasses
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import data
 import train
-from data import write_json
 from eval import BadRows, open_data
 from extras.plots import save_figure
 from model import read_json
@@ -79,10 +78,8 @@ def run_all(runs: list[tuple], jobs: int) -> list[dict]:
     threads = max(1, torch.get_num_threads() // jobs)
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        futures = [pool.submit(run_one, *run) for run in runs]
-        for _ in tqdm(as_completed(futures), "ablation", total=len(futures), disable=None):
-            pass
-        return [future.result() for future in futures]
+        results = pool.map(run_one, *zip(*runs))
+        return list(tqdm(results, "ablation", total=len(runs), disable=None))
 
 
 def ablate(config: train.TrainConfig, method: VladVAConfig, seeds: int, jobs: int) -> dict:
@@ -99,9 +96,8 @@ def ablate(config: train.TrainConfig, method: VladVAConfig, seeds: int, jobs: in
     # before adaptation the model is the same in all runs
     table = {UNTOUCHED: collect([results[0]["before"]])}
     for row in ROWS:
-        of_row = [result["after"] for run, result in zip(runs, results) if run[0] == row]
-        table[row] = collect(of_row)
-    write_json(out / "ablation.json", {"seeds": seeds, "rows": table})
+        table[row] = collect([r["after"] for run, r in zip(runs, results) if run[0] == row])
+    data.write_json(out / "ablation.json", {"seeds": seeds, "rows": table})
     data.write_text(out / "ablation.md", markdown_table(table))
     data.say(f"{markdown_table(table)}\nwritten: {out}/ablation.json, ablation.md")
     save_figure(out / "ablation.png", draw_ablation, table)

@@ -35,9 +35,7 @@ CURVES = {  # key of metrics.jsonl: what stands above its curve
 def read_metrics(out: str | Path) -> list[dict]:
     """The lines of OUT/metrics.jsonl; ValueError when there are none."""
     path = Path(out) / "metrics.jsonl"
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     if not lines:
         raise ValueError(f"{path} has no steps to draw: wanted the folder of a run")
     metrics = []
@@ -150,8 +148,7 @@ def save_figure(path: Path, draw: Callable, *args) -> None:
 
 @data.command
 def main(argv: list[str] | None = None) -> None:
-    description = "Draw the curves of a run into OUT/curves.png."
-    parser = data.Parser(prog="python -m extras.plots", description=description)
+    parser = data.Parser("python -m extras.plots", description="The curves of a run: curves.png.")
     parser.add_argument("out", metavar="OUT", help="folder of the run, finished or not")
     draw_curves(parser.parse_args(argv).out)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import data
 import eval as bench
-from data import write_json
 from vladva import VladVA, load_model, similarity
 
 # ---------------------------------------------------------------------------------- the scenes
@@ -276,12 +275,11 @@ def paraphrase(caption: Caption, rng: Random) -> Caption:
 
 # ---------------------------------------- hard negatives after SugarCrepe, pairs after Winoground
 
-GROUPS = {  # "_pos" are this project's own: positions as further relations and roles
-    "Replace": ("replace_obj", "replace_att", "replace_rel", "replace_pos"),
-    "Swap": ("swap_obj", "swap_att", "swap_pos"),
-    "Add": ("add_obj", "add_att"),
-}
-CATEGORIES = (*GROUPS["Replace"], *GROUPS["Swap"], *GROUPS["Add"])
+GROUPS = dict(bench.GROUPS)
+# this project's own: positions as further relations and roles
+GROUPS["Replace"] += ("replace_pos",)
+GROUPS["Swap"] += ("swap_pos",)
+CATEGORIES = tuple(itertools.chain(*GROUPS.values()))
 STYLES = {"replace_rel": "relation", "swap_obj": "relation"}  # of the caption that is edited
 STYLES |= {"replace_pos": "position", "swap_pos": "position"}
 WINOGROUND_KINDS = ("colour", "relation", "position")
@@ -412,42 +410,34 @@ def described_scene(seed: int, index: int) -> tuple[Scene, Caption]:
     return scene, short_caption(scene, Random(f"captions {seed} {index}"))
 
 
-# An item that is added again keeps its index, so that it is encoded once.
-class IndexedList(list):
-    def __init__(self):
-        super().__init__()
-        self.indices = {}
-
-    def add(self, item: Scene | Caption) -> int:
-        index = self.indices.setdefault(item, len(self))
-        if index == len(self):
-            self.append(item)
-        return index
+# Of {item: index}; an item that is added again keeps its index, so that it is encoded once.
+def add_items(indices: dict, items: Sequence) -> list[int]:
+    return [indices.setdefault(item, len(indices)) for item in items]
 
 
 def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int) -> bench.Benchmark:
     """Held-out scenes: a gallery, and num_items hard negatives a category and pairs a kind."""
-    scenes, texts = IndexedList(), IndexedList()
     # the gallery: text i describes scene i, so a caption that two scenes share stands there twice
-    for i in range(num_scenes):
-        scene, caption = described_scene(seed, i)
-        scenes.add(scene)
-        texts.append(str(caption))
+    described = [described_scene(seed, i) for i in range(num_scenes)]
+    scenes = {scene: i for i, (scene, _) in enumerate(described)}
+    gallery = [str(caption) for _, caption in described]
     # a caption triple is a list of indices: scene, true text, the same in other words, false text
+    texts = {}  # behind the gallery's
     triples, negatives, pairs = {}, {}, {}
     for category, i in itertools.product(CATEGORIES, range(num_items)):
         scene, captions = caption_triple(seed, i, category)
-        item = [scenes.add(scene), *map(texts.add, captions)]
+        item = add_items(scenes, [scene]) + add_items(texts, captions)
         triples.setdefault(category, []).append(item)
         negatives.setdefault(category, []).append([*item[:2], item[3]])
     for kind, i in itertools.product(WINOGROUND_KINDS, range(num_items)):
         two_scenes, captions = scene_pair(seed, i, kind)
-        item = [list(map(scenes.add, two_scenes)), list(map(texts.add, captions))]
+        item = [add_items(scenes, two_scenes), add_items(texts, captions)]
         pairs.setdefault(kind, []).append(item)
 
     def score(image_emb: Tensor, text_emb: Tensor) -> dict[str, float]:
         pairing = torch.arange(num_scenes)
         scores = bench.recall(image_emb[:num_scenes], text_emb[:num_scenes], pairing)
+        text_emb = text_emb[num_scenes:]
         scores |= bench.category_scores(negatives, GROUPS, image_emb, text_emb)
         scores |= bench.category_scores(triples, GROUPS, image_emb, text_emb)
         for kind, items in pairs.items():
@@ -458,7 +448,8 @@ def scene_benchmark(seed: int, num_scenes: int, num_items: int, image_size: int)
         return scores
 
     counts = {"scenes": num_scenes, "items a category": num_items}
-    return bench.Benchmark(RenderedScenes(scenes, image_size), texts, score, counts)
+    images = RenderedScenes(list(scenes), image_size)
+    return bench.Benchmark(images, gallery + list(texts), score, counts)
 
 
 class HeldOutScenes:
@@ -560,7 +551,7 @@ def main(argv: list[str] | None = None) -> dict:
         data.say(data.format_table(["captions", "this model"], rows))
         results |= accuracy
     if args.json and data.rank_and_world_size()[0] == 0:
-        write_json(args.json, results)
+        data.write_json(args.json, results)
     return results
 
 

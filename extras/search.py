@@ -110,10 +110,8 @@ class Index:
             components, image_emb = self.reduce(records, dim)
             text_emb = F.normalize(text_emb @ components, dim=-1)
         # all records, in blocks: picking the rows first would copy them
-        parts = []
-        for block in image_emb.split(BLOCK):
-            parts.append(similarity(block.float(), text_emb)[:, 0])
-        scores = torch.cat(parts)  # (N,)
+        sims = [similarity(block.float(), text_emb) for block in image_emb.split(BLOCK)]
+        scores = torch.cat(sims)[:, 0]  # (N,)
         return scores[rows].topk(min(top, len(rows)))
 
 

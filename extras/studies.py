@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,20 +96,19 @@ def nearest_tokens(vectors: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 def testbed(model: VladVA, args: argparse.Namespace) -> tuple[list, list[str]]:
     """--items images with a short caption each: held-out scenes, or rows of a pairs file."""
-    pairs = []
     if args.data == "scenes":
         size = model.lvlm.config.vision.image_size
-        for index in range(args.items):
-            scene, caption = scenes.described_scene(args.seed, index)
-            pairs.append((scenes.render(scene, size), str(caption)))
+        described = [scenes.described_scene(args.seed, index) for index in range(args.items)]
+        images = [scenes.render(scene, size) for scene, _ in described]
+        captions = [str(caption) for _, caption in described]
     else:
-        rows = data.Pairs(args.data, model.tokenizer)
-        for row in benchmarks.hold_out(rows, args.items, benchmarks.BadRows()):
-            pairs.append((row["image"], row["short"][0]))
-    if len(pairs) < 2:
-        raise ValueError(f"{args.data} gives {len(pairs)} captioned rows: at least 2 are needed")
-    images, captions = zip(*pairs)
-    return list(images), list(captions)
+        pairs = data.Pairs(args.data, model.tokenizer)
+        rows = benchmarks.hold_out(pairs, args.items, benchmarks.BadRows())
+        images = [row["image"] for row in rows]
+        captions = [row["short"][0] for row in rows]
+    if len(images) < 2:
+        raise ValueError(f"{args.data} gives {len(images)} captioned rows: at least 2 are needed")
+    return images, captions
 
 
 def before_and_after(model: VladVA) -> Iterator[str]:
@@ -153,10 +153,8 @@ def say_table(rows: list[dict], *names: str) -> None:
     """Print some columns of rows, or all; numbers with two decimals."""
     lines = []
     for row in rows:
-        cells = []
-        for name in names or row:
-            cells.append(row[name] if isinstance(row[name], str) else f"{row[name]:.2f}")
-        lines.append(cells)
+        cells = [row[name] for name in names or row]
+        lines.append([cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells])
     say(format_table(list(names or row), lines))
 
 
@@ -415,16 +413,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.items < 2:
         raise ValueError(f"--items {args.items}: at least 2 are needed")
     model = load_model(args)
-    # a folder that cannot be made is refused before the work, and a failed start leaves none
+    # a folder that cannot be made is refused before the work, which a failed start does not make
     out = Path(args.out)
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ValueError(f"--out {out}: {nearest} is no folder that can be written to")
+    results, draw = STUDIES[args.study](model, args)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        results, draw = STUDIES[args.study](model, args)
-    except BaseException:
-        for folder in new:
-            folder.rmdir()
-        raise
     # with the flags that it was run with
     write_json(out / f"{args.study}.json", vars(args) | results)
     say(f"written: {out / args.study}.json")

@@ -663,9 +663,11 @@ def test_a_pipe_is_no_file_of_a_model_nor_of_an_adapter(random_folder, tmp_path,
 @pytest.mark.parametrize(
     "field, value", [("image_prompt", "\ud800"), ("image_prompt", " "), ("text_prompt", "")]
 )
-def test_an_adapter_without_a_prompt_or_with_half_a_character_is_refused(tmp_path, field, value):
+def test_an_adapter_without_a_prompt_or_with_half_a_character_is_refused(
+    random_folder, tmp_path, field, value
+):
     """The tokenizer raised TypeError, and the search for the prompt's tokens IndexError."""
     about = json.dumps({"config": {field: value}})
     save_file({}, tmp_path / "adapter.safetensors", {"adapter": about})
     with pytest.raises(ValueError, match="image_prompt is|the prompt of .*_template is empty"):
-        vladva.read_adapter(tmp_path)
+        VladVA.from_pretrained(random_folder, adapter=tmp_path)
