@@ -5,8 +5,6 @@
 Gradients, checkpoints and adapters are those of a run without --shard. Not run on a GPU yet.
 """
 
-import functools
-
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
@@ -29,18 +27,17 @@ def shard_blocks(model: VladVA) -> None:
         fully_shard(block, ignored_params=trained)
     # what knows the order of the blocks gathers the next one while one runs
     fully_shard(decoder, ignored_params=set(decoder.parameters()))
-    model.embed_batch = functools.partial(embed_batch, model)
+    model.__class__ = ShardedVladVA
 
 
-def embed_batch(model: VladVA, batch: TrainingBatch) -> tuple[Embeddings, Tensor]:
-    """VladVA.embed_batch with equally many forwards, and backwards, whatever the batch lacks.
+class ShardedVladVA(VladVA):
+    """All processes take part when a block is gathered, so all run equally many forwards."""
 
-    All processes take part when a block is gathered: what is missing is the forward of a word.
-    """
-    emb, caption_states = VladVA.embed_batch(model, batch)
-    missing = [batch.images, batch.texts, batch.further_texts].count(None) - 2
-    for _ in range(missing + len(model.loss.inputs)):
-        word = model.text_batch(["a"]).to(model.lvlm.device)
-        nothing = model.hidden_states(word, "text")[0][:0].sum()
-        caption_states = caption_states + nothing
-    return emb, caption_states
+    def embed_batch(self, batch: TrainingBatch) -> tuple[Embeddings, Tensor]:
+        emb, caption_states = super().embed_batch(batch)
+        # for what the batch lacks the forward of a word, and with no gradient its backward
+        missing = [batch.images, batch.texts, batch.further_texts].count(None) - 2
+        for _ in range(missing + len(self.loss.inputs)):
+            word = self.text_batch(["a"]).to(self.lvlm.device)
+            caption_states = caption_states + self.hidden_states(word, "text")[0][:0].sum()
+        return emb, caption_states

@@ -4,6 +4,7 @@ Runs train on a few small images in a file, and on the rendered scenes where it 
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -1075,6 +1076,7 @@ def run_split(folder, large_folder, pairs, out):
         modes = {"gradient_caching": mode, "gradient_checkpointing": mode, "shard": True}
         config = TrainConfig(folder, pairs, f"{out}/{name}", lr=0.002, **SPLIT, **modes)
         training.train(config, SPLIT_METHOD)
+    gc.collect()  # what is left of a group makes gloo end the process with an error
     torch.distributed.destroy_process_group()
 
 
