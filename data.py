@@ -76,7 +76,7 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer ({error})") from None
         self.encode = self.inner.encode  # text -> .ids, and .offsets in characters
         self.decode = self.inner.decode  # ids -> text without special tokens
-        self.pad_token_id = config.end_tokens[0]  # never seen by a real token: any id would serve
+        self.pad_token_id = config.end_tokens[0]  # no real token sees it; only not the image's id
         self.image_token_id = config.image_token_id
         # any of them in a caption would end a turn, or stand for an image that is not there
         added = self.inner.get_added_tokens_decoder().values()
@@ -181,7 +181,7 @@ def collate(sequences: list[TokenSequence], tokenizer: Tokenizer) -> Batch:
     for row, sequence in enumerate(sequences):
         if sequence.caption_start is not None:
             in_caption[row, sequence.caption_start : len(sequence.input_ids)] = True
-    # images have rotary positions in some architectures, texts never
+    # in some architectures sequences with an image bring their own rotary positions
     position_ids = None
     if sequences[0].position_ids is not None:
         rows = [sequence.position_ids.T for sequence in sequences]  # B times (T, 3)

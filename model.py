@@ -449,7 +449,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         inputs_embeds: Tensor,
-        position_ids: Tensor | None = None,  # (B or 1, T) of the rotation; None: 0 .. T - 1
+        position_ids: Tensor | None = None,  # (B or 1, T), Qwen2-VL: (3, B, T); None: 0 .. T - 1
         cache: KVCache | None = None,
         state_index: Tensor | None = None,
     ) -> Tensor:

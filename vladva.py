@@ -41,7 +41,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def summary_embedding(hidden_states: Tensor) -> Tensor:
     """f = Phi_l(...)[eos], L2-normalised (paper Sec. 3.1).
 
-    hidden_states: (B, D), after the final norm, at the colon of `ASSISTANT:`. Returns (B, D).
+    hidden_states: (B, D), after the final norm, at the summary token (in LLaVA `ASSISTANT:`'s colon).
     """
     return F.normalize(at_least_float32(hidden_states), dim=-1)
 
@@ -269,7 +269,7 @@ class VladVA(nn.Module):
         # up to the summary token: all that an embedding depends on
         prefix, prompt_char = data.fill_template(template, prompt, caption)
         text = prefix
-        # behind it, in training: x_p and u of Eq. 2
+        # behind it, in training: the question, and u of Eq. 2
         if long_text is not None:
             long_text = self.tokenizer.validate_text(long_text)
             template = lvlm_config.apply_chat_template(DETAIL_TEMPLATE)
