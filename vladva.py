@@ -41,7 +41,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def summary_embedding(hidden_states: Tensor) -> Tensor:
     """f = Phi_l(...)[eos], L2-normalised (paper Sec. 3.1).
 
-    hidden_states: (B, D), after the final norm, at the summary token (in LLaVA `ASSISTANT:`'s colon).
+    hidden_states: (B, D), after the final norm, at the summary token, a colon in LLaVA.
     """
     return F.normalize(at_least_float32(hidden_states), dim=-1)
 
