@@ -22,7 +22,7 @@ from extras.export import save_lvlm
 from model import LVLM, LVLMConfig, parse_config, rename_key
 from vladva import VladVA, VladVAConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small models: more would wait for one another on a busy machine
 TINY = data.TINY
 RECORDED = Path(__file__).parent / "recorded"
 
