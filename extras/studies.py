@@ -413,11 +413,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.items < 2:
         raise ValueError(f"--items {args.items}: at least 2 are needed")
     model = load_model(args)
-    # a folder that cannot be made is refused before the work, which a failed start does not make
+    # a folder that cannot be made is refused before the work, which a failed start does not leave
     out = Path(args.out)
-    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise ValueError(f"--out {out}: {nearest} is no folder that can be written to")
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        folder.rmdir()
+    if not new and not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written to: choose another folder")
     results, draw = STUDIES[args.study](model, args)
     out.mkdir(parents=True, exist_ok=True)
     # with the flags that it was run with
