@@ -496,8 +496,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def init_distributed(name: str | None) -> str:
     """The device of that name (None: CUDA, or else the CPU), after joining torchrun's processes."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name is None else name)
+        device = torch.device(default if name is None else name)
         if "LOCAL_RANK" in os.environ and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device).item()  # refuses "meta" too

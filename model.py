@@ -268,14 +268,13 @@ class VisionTower(nn.Module):
         super().__init__()
         width = config.hidden_size
         patch = config.patch_size
-        num_patches = (config.image_size // patch) ** 2
         num_states = config.num_hidden_layers + 1
         if not -num_states <= feature_layer < num_states:
             raise ValueError(f"config.json: vision_feature_layer {feature_layer} of {num_states}")
         self.num_blocks = feature_layer % num_states
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding(num_patches + 1, width)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
         self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic, as published
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         # never applied by LLaVA; here so that all keys of a checkpoint have their place
@@ -514,7 +513,7 @@ def generate(
     if max_new_tokens < 1 or width + max_new_tokens > limit:
         raise ValueError(f"{width} + {max_new_tokens} new tokens: wanted 1 or more, {limit} in all")
     rows = torch.arange(batch_size, device=lengths.device)
-    ends = torch.tensor(lvlm.config.end_tokens, device=lengths.device)
+    end_tokens = lvlm.config.end_tokens
     cache = KVCache(lvlm.config.decoder, inputs_embeds, more=max_new_tokens)
 
     # the prompt at once; its last real token predicts the first new one
@@ -525,6 +524,7 @@ def generate(
 
     # then one token at a time
     answers = lengths.new_zeros(batch_size, 0)
+    ends = torch.tensor(end_tokens, device=lengths.device)
     for step in range(max_new_tokens):
         token = lvlm.lm_head(last).argmax(-1, keepdim=True)  # (B, 1)
         answers = torch.cat([answers, token], dim=1)
@@ -534,8 +534,7 @@ def generate(
         cache.position = (lengths + step)[:, None]
         position = (next_position + step)[:, None]
         last = lvlm.decoder(lvlm.decoder.embed_tokens(token), position, cache)[:, 0]
-    ends = lvlm.config.end_tokens
-    return [list(takewhile(lambda token: token not in ends, row)) for row in answers.tolist()]
+    return [list(takewhile(lambda i: i not in end_tokens, row)) for row in answers.tolist()]
 
 
 # ----------------------------------------------------------------------------- loading weights
@@ -624,10 +623,10 @@ def load_lvlm(
         with open_safetensors(path) as file:
             tensor = file.get_tensor(key)
             check_finite(tensor, f"{path}: {key}")
-            if not (shard and name.startswith("decoder.layers.")):
+            if shard and name.startswith("decoder.layers."):
+                state[name] = open_safetensors(path).get_tensor(key)  # no page of it is read yet
+            else:
                 state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        if name not in state:
-            state[name] = open_safetensors(path).get_tensor(key)
     # some tied checkpoints store the shared weight twice
     if config.decoder.tie_word_embeddings and "decoder.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["decoder.embed_tokens.weight"]

@@ -360,13 +360,14 @@ def ignore_signals(worker: int) -> None:
 
 def step_loader(model: VladVA, rows: data.Pairs, config: TrainConfig, first_step: int) -> Iterator:
     """What Steps has for `first_step` and on, made ahead if there are worker processes."""
-    # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
-    options = {"batch_size": None, "collate_fn": pickle.dumps}
-    if config.num_workers:
-        options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
-        options |= {"worker_init_fn": ignore_signals, "prefetch_factor": 1}
+    steps = Steps(model, rows, config)
     numbers = range(first_step, config.steps + 1)
-    return map(pickle.loads, DataLoader(Steps(model, rows, config), sampler=numbers, **options))
+    if not config.num_workers:
+        return map(steps.__getitem__, numbers)
+    # a step is one string of bytes in a pipe: a thousand tensors would be as many open files
+    options = {"batch_size": None, "collate_fn": pickle.dumps, "worker_init_fn": ignore_signals}
+    options |= {"num_workers": config.num_workers, "multiprocessing_context": "fork"}
+    return map(pickle.loads, DataLoader(steps, sampler=numbers, prefetch_factor=1, **options))
 
 
 def cuda_mode(memory: float) -> dict:

@@ -409,8 +409,7 @@ class VladVA(nn.Module):
         # texts of similar length share a batch: little padding
         by_length = sorted(range(len(texts)), key=lambda i: len(sequences[i].input_ids))
         for part in data.batches(by_length, batch_size, "encoding texts"):
-            batch = data.collate([sequences[i] for i in part], self.tokenizer)
-            batch = batch.to(device)
+            batch = data.collate([sequences[i] for i in part], self.tokenizer).to(device)
             embeds = self.inputs_embeds(batch, "text")  # (B, T, D)
             if prefix is None:
                 prefix = KVCache(decoder.config, embeds[:1, :shared])
