@@ -165,9 +165,8 @@ class Batch(Movable):
     def prefixes(self) -> "Batch":
         """The sequences cut after their summary tokens: all that the embeddings depend on."""
         width = self.prefix_width
-        no_tokens = self.caption_index[:0]
-        cut = {"input_ids": self.input_ids[:, :width]}
-        cut |= {"caption_index": no_tokens, "caption_targets": no_tokens}
+        cut = {"input_ids": self.input_ids[:, :width], "caption_index": self.caption_index[:0]}
+        cut["caption_targets"] = self.caption_targets[:0]
         if self.position_ids is not None:
             cut["position_ids"] = self.position_ids[..., :width]
         return replace(self, **cut)
@@ -323,6 +322,10 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Tensor:  # (3, side, side)
         return normalize_pixels(self.fit(image), self.mean, self.std)
+
+    def split(self, images: list[Image.Image]) -> list[slice]:
+        """Images of one batch, in parts whose memory is bounded; those of equal size are one."""
+        return [slice(None)]
 
 
 def normalize_pixels(image: Image.Image, mean: np.ndarray, std: np.ndarray) -> Tensor:

@@ -373,17 +373,16 @@ def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: i
     device = model.lvlm.device
     total = torch.zeros(2, dtype=torch.float64)  # loss, tokens: captions differ in length
     # equally many here too: images without a caption fill up
-    count = len(captions)
-    captions = captions + [None] * (-count % world_size)
+    captions = captions + [None] * (-len(captions) % world_size)
     share = range(rank, len(captions), world_size)
     for part in data.batches(share, batch_size, "reading long captions"):
-        opened = [data.open_image(images[i % count]) for i in part]
-        pixels, batch = model.image_batch(opened, [captions[i] for i in part])
-        batch = batch.to(device)
-        _, caption_states = model.hidden_states(batch, "image", pixels.to(device))
-        head_weight = model.lvlm.lm_head.weight
-        loss = next_token_loss(caption_states, batch.caption_targets, head_weight, total=1)
-        total += torch.tensor([loss.item(), len(batch.caption_targets)])
+        opened = [data.open_image(images[i % len(images)]) for i in part]
+        for few in model.image_processor.split(opened):
+            pixels, batch = model.image_batch(opened[few], [captions[i] for i in part[few]])
+            _, states = model.hidden_states(batch.to(device), "image", pixels.to(device))
+            targets = batch.caption_targets.to(device)
+            loss = next_token_loss(states, targets, model.lvlm.lm_head.weight, total=1)
+            total += torch.tensor([loss.item(), len(targets)])
     loss, tokens = data.all_reduce_sum(total.to(device)).tolist()
     return loss / tokens if tokens else None
 
@@ -607,13 +606,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     counts = ", ".join(f"{count:,} {kind}" for kind, count in benchmark.counts.items())
     say(f"{counts}; a tie is a miss (of classes that tie, the first is taken, as in CLIP's code)")
     # for a table of results, or another reader
-    results = {
-        "task": args.task,
-        "model": args.model,
-        "adapter": args.adapter,
-        "paper_row": args.row,
-    }
-    results |= {"scores": scores, "counts": benchmark.counts}
+    results = {"task": args.task, "model": args.model, "adapter": args.adapter}
+    results |= {"paper_row": args.row, "scores": scores, "counts": benchmark.counts}
     if rank_and_world_size()[0] == 0:
         if args.save_embeddings:
             embeddings.save(args.save_embeddings, benchmark, image_emb, text_emb)

@@ -518,22 +518,20 @@ def generate(
 
     # the prompt at once; its last real token predicts the first new one
     last = lvlm.decoder(inputs_embeds, position_ids, cache)[rows, lengths - 1]  # (B, D)
-    next_position = lengths  # (B,) rotary position of the first new token
+    start = lengths  # (B,) rotary position of the first new token
     if position_ids is not None:
-        next_position = position_ids[..., rows, lengths - 1].reshape(-1, batch_size).amax(0) + 1
+        start = position_ids[..., rows, lengths - 1].reshape(-1, batch_size).amax(0) + 1
 
     # then one token at a time
     answers = lengths.new_zeros(batch_size, 0)
-    ends = torch.tensor(end_tokens, device=lengths.device)
     for step in range(max_new_tokens):
         token = lvlm.lm_head(last).argmax(-1, keepdim=True)  # (B, 1)
         answers = torch.cat([answers, token], dim=1)
         # not at each step: the question makes the host wait for the device
-        if step % 8 == 7 and torch.isin(answers, ends).any(1).all():
+        if step % 8 == 7 and torch.isin(answers, answers.new_tensor(end_tokens)).any(1).all():
             break
         cache.position = (lengths + step)[:, None]
-        position = (next_position + step)[:, None]
-        last = lvlm.decoder(lvlm.decoder.embed_tokens(token), position, cache)[:, 0]
+        last = lvlm.decoder(lvlm.decoder.embed_tokens(token), (start + step)[:, None], cache)[:, 0]
     return [list(takewhile(lambda i: i not in end_tokens, row)) for row in answers.tolist()]
 
 

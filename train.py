@@ -392,7 +392,6 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
             raise ValueError("--steps and --epochs: give one of them")
         steps = max(1, round(config.epochs * steps_per_epoch))
     lr = 2e-4 * 4096 / model.lvlm.config.decoder.hidden_size if config.lr is None else config.lr
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     settings = {
         "out": f"runs/{Path(config.model).name}",
         "steps": steps,
@@ -401,10 +400,14 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
         "gradient_checkpointing": False,
         "lr": lr,
         "soft_prompt_lr": 4 * lr,
-        "num_workers": min(8, cores) if cuda else 0,
+        "num_workers": 0,
     }
     if cuda:
         settings |= cuda_mode(torch.cuda.get_device_properties(model.lvlm.device).total_memory)
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # a worker holds the float32 images of a step: 8 GB of them at most
+        step_bytes = 12 * model.lvlm.config.vision.image_size**2 * batch_size / world_size
+        settings["num_workers"] = min(8, cores, max(1, int(8e9 / step_bytes)))
     # what was asked for comes first; a run that goes on finds steps here, and no epochs
     settings |= {name: value for name, value in vars(config).items() if value is not None}
     settings |= {"batch_size": batch_size, "epochs": None, "device": str(model.lvlm.device)}

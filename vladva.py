@@ -385,13 +385,15 @@ class VladVA(nn.Module):
     @torch.no_grad()
     def encode_image(self, images: Sequence, batch_size: int = 64) -> Tensor:
         """PIL images or paths -> f_v, (B, D) float32, L2-normalised, on the model's device."""
-        emb = torch.empty(len(images), self.lvlm.config.decoder.hidden_size).to(self.lvlm.device)
+        device = self.lvlm.device
+        emb = torch.empty(len(images), self.lvlm.config.decoder.hidden_size, device=device)
         with ThreadPoolExecutor() as pool:
             for part in data.batches(range(len(images)), batch_size, "encoding images"):
                 opened = list(pool.map(lambda i: data.open_image(images[i]), part))
-                pixels, batch = self.image_batch(opened)
-                states, _ = self.hidden_states(batch.to(emb.device), "image", pixels.to(emb.device))
-                emb[part] = summary_embedding(states).float()
+                for few in self.image_processor.split(opened):
+                    pixels, batch = self.image_batch(opened[few])
+                    states, _ = self.hidden_states(batch.to(device), "image", pixels.to(device))
+                    emb[part[few]] = summary_embedding(states).float()
         return emb
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ operations of a real step of train.backward there, and the memory follows from w
 Not here: measurements. train.py writes the peak memory and the speed of a run to metrics.jsonl.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ IMAGE_TEMPLATE, DETAIL_TEMPLATE, TEXT_TEMPLATE, PROMPT = 21, 15, 19, 10
 SHORT, LONG, LONGEST = 12, 200, 500  # tokens of captions: assumed means, and the paper's limit
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 USABLE = 0.95  # of a card's memory; the rest is room for CUDA itself and the allocator's holes
+# LoRALinear multiplies in place, which torch does not count by itself: (M, K) by (K, N)
+IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * math.prod(a) * b[1]}
 CAUSAL_BLOCK = 128  # FlashAttention leaves out blocks of so many tokens that the mask hides
 
 
@@ -81,7 +84,7 @@ def meta_sequences(count: int, prefix: int, image: int, question: int, caption: 
 def step_flops(model: VladVA, micro_batches: list[TrainingBatch], config: TrainConfig) -> int:
     """Operations of one step, counted by torch, without what a fused kernel's causal mask skips."""
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         backward(model, micro_batches, config.gradient_caching)
     scores = counter.get_flop_counts()["Decoder"][torch.ops.aten.bmm]
     # of the shortest image sequence: longer ones skip more

@@ -8,6 +8,7 @@ biases on q, k and v, a tied head, and rotary positions of three axes.
 Not here: videos, sliding-window attention, Qwen2.5-VL.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 import model
 from data import channel_statistics, normalize_pixels, read_image_settings
 from model import DecoderConfig, LVLMConfig, apply_rotary, check_supported, from_json, read_json
+
+MAX_BATCH_TOKENS = 16384  # what one image takes at most in the budget of the hub's files
 
 # The paper's words -> those of Qwen2-VL's chat template, with its default system turn.
 SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -147,6 +150,19 @@ class PatchProcessor:
         # (3, rows, 2, 14, columns, 2, 14) -> (rows, columns, 4, 3, 14, 14)
         patches = pixels.permute(1, 4, 2, 5, 0, 3, 6).flatten(2, 3)
         return torch.stack([patches] * self.vision.temporal_patch_size, dim=4).flatten(3)
+
+    def split(self, images: list[Image.Image]) -> list[slice]:
+        """Parts of a batch with at most MAX_BATCH_TOKENS image tokens, padded; or of one image."""
+        side = self.vision.token_side
+        parts = []
+        start = longest = 0
+        for i, image in enumerate(images):
+            tokens = math.prod(self.target_size(image.size)) // side**2
+            longest = max(longest, tokens)
+            if i > start and longest * (i + 1 - start) > MAX_BATCH_TOKENS:
+                parts.append(slice(start, i))
+                start, longest = i, tokens
+        return [*parts, slice(start, len(images))]
 
 
 # ------------------------------------------------------------------------------------- network

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from data import TrainingBatch, rank_and_world_size
+from data import ImageProcessor, TrainingBatch, rank_and_world_size
 from vladva import Embeddings, VladVA
 
 
 def shard_blocks(model: VladVA) -> None:
     """Split the blocks' frozen weights over the processes; one that runs is gathered (FSDP2)."""
+    if type(model.image_processor).split is not ImageProcessor.split:
+        raise ValueError(f"--shard: {model.name} takes images of any size, wanted a LLaVA model")
     if rank_and_world_size()[1] == 1:
         raise ValueError("--shard splits over processes, here is one: start it with torchrun")
     decoder, dtype = model.lvlm.decoder, model.lvlm.dtype

@@ -5,6 +5,7 @@ resumed, the command lines.
 """
 
 import json
+import math
 import random
 import re
 import signal
@@ -36,8 +37,10 @@ from test_train import finish, gradients, kill_and_resume, read_lines, spawn
 import data
 import train as training
 import vladva
-from extras import export, scenes
+from eval import mean_caption_loss
+from extras import export, qwen2_vl, scenes
 from extras.qwen2_vl import PatchProcessor
+from extras.shard import shard_blocks
 from lora import attach_lora, lora_layers, merge_lora
 from model import LVLM, generate, load_lvlm, parse_config, rename_key
 from vladva import VladVA, VladVAConfig, summary_embedding
@@ -246,6 +249,31 @@ def test_the_tower_holds_the_patches_of_one_image_at_a_time(qwen_model):
     for patches in pixels:
         wanted += [patches.shape[:3].numel()] * len(qwen_model.lvlm.vision.blocks)
     assert counts == wanted and len(set(counts)) > 1
+
+
+@pytest.mark.parametrize("limit", [1, 16, 10**6])
+def test_a_batch_of_images_is_bounded_in_tokens(qwen_model, monkeypatch, limit):
+    """64 of the largest images padded to one length would be a million tokens in the decoder."""
+    images = [Image.fromarray(seeded_image(s)) for s in ((45, 83), (20, 20), (60, 30), (24, 24))]
+    counts = [math.prod(qwen_model.image_processor(image).shape[:2]) for image in images]
+    whole = qwen_model.encode_image(images)
+    loss = mean_caption_loss(qwen_model, images, ["a red circle"] * 4)
+    monkeypatch.setattr(qwen2_vl, "MAX_BATCH_TOKENS", limit)
+    parts = qwen_model.image_processor.split(images)
+    assert [i for few in parts for i in range(4)[few]] == [0, 1, 2, 3]
+    assert all(len(counts[few]) * max(counts[few]) <= max(limit, *counts[few]) for few in parts)
+    assert {1: 4, 16: 3, 10**6: 1}[limit] == len(parts)
+    forwards = []
+    qwen_model.lvlm.decoder.register_forward_hook(lambda *args: forwards.append(args))
+    assert_close(qwen_model.encode_image(images), whole)
+    assert mean_caption_loss(qwen_model, images, ["a red circle"] * 4) == pytest.approx(loss)
+    assert len(forwards) == 2 * len(parts)
+
+
+def test_shard_is_refused_by_name(qwen_model):
+    """Its batches split by the sizes of images; processes must run equally many forwards."""
+    with pytest.raises(ValueError, match="--shard: .* takes images of any size, wanted a LLaVA"):
+        shard_blocks(qwen_model)
 
 
 # ----------------------------------------------------------------------------------- sequences

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -604,6 +605,9 @@ class WideModel:
             class decoder:
                 hidden_size = 4096
 
+            class vision:
+                image_size = 336
+
     def parameters():
         return [torch.empty(10**9, device="meta")]
 
@@ -638,9 +642,20 @@ def test_what_is_not_set_is_decided_from_model_and_device():
 
 
 def test_a_large_card_recomputes_nothing_and_a_small_one_does():
-    """Recomputing costs a third more arithmetic; test_plan.py counts what fits."""
+    """Recomputing costs a quarter more arithmetic; test_plan.py counts what fits."""
     for memory, mode in ((24e9, (8, True)), (48e9, (8, True)), (80e9, (4, False))):
         assert tuple(training.cuda_mode(memory).values()) == mode
+
+
+@pytest.mark.parametrize("batch_size, num_workers", [(64, 8), (1024, 5), (10**6, 1)])
+def test_data_processes_hold_at_most_8_gb_of_images(monkeypatch, batch_size, num_workers):
+    """A step of 1,024 images is 1.4 GB in each of them."""
+    monkeypatch.setattr(WideModel.lvlm, "device", torch.device("cuda"))
+    card = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(32))
+    config = TrainConfig(batch_size=batch_size, dtype="bfloat16")
+    assert training.resolve(config, WideModel, range(10**6)).num_workers == num_workers
 
 
 BAD_REQUESTS = [
