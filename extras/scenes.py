@@ -11,6 +11,7 @@ Not here: what the tiny model was pre-trained on (assets/make_tiny.py), the metr
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -497,8 +498,10 @@ PLACE = re.compile("|".join(POSITIONS))
 def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict[str, float]:
     """How right are the model's own words about held-out scenes? In percent."""
     # named: objects to which a greedy long caption gives a position, by colour and shape;
-    # placed: the right one; where: right answers to "where is the red circle?", one a scene
+    # placed: the right one; where: right answers to "where is the red circle?", one a scene;
+    # said, true: sizes and textures that stand before the names
     objects = named = placed = right = 0
+    said, true = Counter(), Counter()
     # in batches: all at once would fill the memory
     for indices in data.batches(range(count), 100, "captioning scenes"):
         scenes = [make_scene(seed, i) for i in indices]
@@ -513,11 +516,21 @@ def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict[str, fl
             # what is said of relations does not count: a sentence has to give a position
             sentences = [text for text in caption.split(".") if PLACE.search(text)]
             for thing in scene.things:
-                about = [text for text in sentences if " ".join(thing.kind) in text]
+                name = " ".join(thing.kind)
+                about = "".join([text for text in sentences if name in text][:1])
                 named += len(about) > 0
-                placed += POSITIONS[thing.cell] in PLACE.findall("".join(about[:1]))
+                placed += POSITIONS[thing.cell] in PLACE.findall(about)
+                words = about.partition(name)[0].split()[-len(ATTRIBUTES) :]
+                for attribute in ATTRIBUTES:
+                    said[attribute] += not set(words).isdisjoint(VALUES[attribute])
+                    true[attribute] += getattr(thing, attribute) in words
     results = {"scenes": count, "objects": objects, "where": 100 * right / count}
-    return results | {"named": 100 * named / objects, "placed": 100 * placed / objects}
+    results |= {"named": 100 * named / objects, "placed": 100 * placed / objects}
+    for name in ATTRIBUTES:
+        results[f"{name} said"] = 100 * said[name] / max(1, named)
+        if said[name]:
+            results[f"{name} right"] = 100 * true[name] / said[name]
+    return results
 
 
 @data.command
@@ -545,8 +558,9 @@ def main(argv: list[str] | None = None) -> dict:
         results |= {"counts": held_out.benchmark.counts}
     else:
         accuracy = caption_accuracy(model, args.seed, args.holdout)
-        rows = [[name, f"{value:.4g}"] for name, value in accuracy.items()]
-        data.say(data.format_table(["captions", "this model"], rows))
+        chance = {f"{name} right": f"{100 / len(VALUES[name]):.1f}" for name in ATTRIBUTES}
+        rows = [[k, chance.get(k, ""), f"{value:.4g}"] for k, value in accuracy.items()]
+        data.say(data.format_table(["captions", "chance", "this model"], rows))
         results |= accuracy
     if args.json and data.rank_and_world_size()[0] == 0:
         data.write_json(args.json, results)

@@ -266,6 +266,8 @@ def test_caption_accuracy_of_true_captions_is_100(random_model, monkeypatch):
     monkeypatch.setattr(random_model, "generate_batch", lambda *_: next(replies))
     scores = scenes.caption_accuracy(random_model, 0, 100)
     assert (scores["named"], scores["placed"], scores["where"]) == (100, 100, 100)
+    for name in scenes.ATTRIBUTES:
+        assert scores[f"{name} said"] == scores[f"{name} right"] == 100
 
 
 def test_caption_accuracy_counts_by_hand(random_model, monkeypatch):
@@ -273,7 +275,8 @@ def test_caption_accuracy_counts_by_hand(random_model, monkeypatch):
     first, second, third = (scenes.make_scene(3, i) for i in range(3))
     right, wrong = [], []
     for thing in first.things:
-        right.append(f"{thing.phrase()} {scenes.POSITIONS[thing.cell]}.")
+        size = scenes.replace(thing, size="large", texture="plain").phrase(["size"])
+        right.append(f"{size} {scenes.POSITIONS[thing.cell]}.")
     for thing in second.things:
         wrong.append(f"{thing.phrase()} {scenes.POSITIONS[(thing.cell + 1) % 9]}.")
         # what comes second about an object does not count
@@ -288,6 +291,12 @@ def test_caption_accuracy_counts_by_hand(random_model, monkeypatch):
     assert scores["objects"] == total and scores["where"] == 0
     assert scores["named"] == pytest.approx(100 * described / total)
     assert scores["placed"] == pytest.approx(100 * len(first.things) / total)
+    # sizes were said of the first scene's objects alone
+    large = [thing.size == "large" for thing in first.things]
+    assert 0 < sum(large) < len(large)
+    assert scores["size said"] == pytest.approx(100 * len(large) / described)
+    assert scores["size right"] == pytest.approx(100 * sum(large) / len(large))
+    assert scores["texture said"] == 0 and "texture right" not in scores
 
 
 def test_the_command_prints_the_table_and_writes_the_same_numbers(random_folder, tmp_path, capsys):
