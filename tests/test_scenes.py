@@ -200,6 +200,31 @@ def test_what_is_held_out_of_pre_training_is_in_no_conversation_and_in_every_lon
     assert num_turns == {1, 2, 3, 4}
 
 
+def test_with_sizes_taught_images_still_hold_textures_out_and_texts_nothing(recipe):
+    """--teach-sizes: a size that an answer speaks of is right."""
+    held_out = re.compile(rf"\b({'|'.join([*scenes.TEXTURES, *scenes.OPPOSITE])})\b")
+    about_images, about_texts = [], []
+    for i in range(400):
+        scene = scenes.make_scene(0, i, counts=(2, 3, 4, 7))
+        rng = random.Random(i)
+        turns = recipe.image_turns(scene, rng, ("size",))
+        about_images += [" ".join(turn) for turn in turns]
+        about_texts += [" ".join(turn) for turn in recipe.text_turns(scene, rng, ("size",))]
+        for ask, answer in turns:
+            for thing in scene.things:
+                name = " ".join(thing.kind)
+                assert ask != f"what size is the {name}?" or answer == thing.size
+                for size in set(scenes.SIZES) - {thing.size}:
+                    assert f"{size} {name}" not in answer
+    assert not held_out.search(" ".join(about_images))
+    for values in (scenes.TEXTURES, scenes.OPPOSITE):
+        assert set(values) <= set(re.findall(r"left of|right of|\w+", " ".join(about_texts)))
+    for texts in (about_images, about_texts):
+        assert set(scenes.SIZES) <= set(" ".join(texts).replace(",", "").split())
+    vocabulary = recipe.make_tokenizer(("size",)).get_vocab()
+    assert {"Ġsize", "Ġeach"} <= vocabulary.keys()
+
+
 # ----------------------------------------------------------------------------------- the benchmark
 
 
