@@ -329,8 +329,7 @@ def fill_rows(model: VladVA, pairs: data.Pairs, indices, args: argparse.Namespac
         if isinstance(row, str):
             lines.append(json.dumps(" ".join(row.split())[:300]) + "\n")
         else:
-            image = os.path.normpath(os.path.join(below, row["image"]))
-            lines.append(row_line(image, row))
+            lines.append(row_line(os.path.normpath(os.path.join(below, row["image"])), row))
     return lines
 
 

@@ -67,8 +67,7 @@ def meta_batch(model: VladVA, num_pairs: int, long: int) -> TrainingBatch:
         images = meta_sequences(num_pairs, prefix, rows * columns, DETAIL_TEMPLATE, long + 1)
         texts = meta_sequences(num_pairs, TEXT_TEMPLATE + SHORT, 0, 0, 0)
         pixels = torch.empty(num_pairs, 3, CLIP.image_size, CLIP.image_size)
-        image_of_text = torch.empty(num_pairs, dtype=torch.long)
-    return TrainingBatch(pixels, images, texts, image_of_text, None)
+        return TrainingBatch(pixels, images, texts, torch.empty(num_pairs, dtype=torch.long), None)
 
 
 def meta_sequences(count: int, prefix: int, image: int, question: int, caption: int) -> Batch:

@@ -153,11 +153,10 @@ class PatchProcessor:
 
     def split(self, images: list[Image.Image]) -> list[slice]:
         """Parts of a batch with at most MAX_BATCH_TOKENS image tokens, padded; or of one image."""
-        side = self.vision.token_side
         parts = []
         start = longest = 0
         for i, image in enumerate(images):
-            tokens = math.prod(self.target_size(image.size)) // side**2
+            tokens = math.prod(self.target_size(image.size)) // self.vision.token_side**2
             longest = max(longest, tokens)
             if i > start and longest * (i + 1 - start) > MAX_BATCH_TOKENS:
                 parts.append(slice(start, i))

@@ -323,8 +323,7 @@ def caption_triple(seed: int, index: int, category: str) -> tuple[Scene, tuple[s
     scene = make_scene(seed, index)
     rng = Random(f"negative {seed} {index} {category}")
     while True:
-        num_mentions = 2 if category == "add_obj" else None
-        true = short_caption(scene, rng, STYLES.get(category), num_mentions)
+        true = short_caption(scene, rng, STYLES.get(category), 2 if category == "add_obj" else None)
         false = edit(true, category, rng)
         # an edit may make another true caption, or one that mentions two objects of one kind
         kinds = {thing.kind for thing, _ in false.mentions}
@@ -497,9 +496,8 @@ PLACE = re.compile("|".join(POSITIONS))
 
 def caption_accuracy(model: VladVA, seed: int, count: int = 300) -> dict[str, float]:
     """How right are the model's own words about held-out scenes? In percent."""
-    # named: objects to which a greedy long caption gives a position, by colour and shape;
-    # placed: the right one; where: right answers to "where is the red circle?", one a scene;
-    # said, true: sizes and textures that stand before the names
+    # named: objects, by colour and shape, with a position in a greedy long caption; placed: the
+    # right one; where: right answers to "where is the red circle?"; said, true: sizes, textures
     objects = named = placed = right = 0
     said, true = Counter(), Counter()
     # in batches: all at once would fill the memory
