@@ -405,7 +405,7 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
     if cuda:
         settings |= cuda_mode(torch.cuda.get_device_properties(model.lvlm.device).total_memory)
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        # a worker holds the float32 images of a step: 8 GB of them at most
+        # a worker holds the float32 images of a step: 8 GB in all, of LLaVA's size
         step_bytes = 12 * model.lvlm.config.vision.image_size**2 * batch_size / world_size
         settings["num_workers"] = min(8, cores, max(1, int(8e9 / step_bytes)))
     # what was asked for comes first; a run that goes on finds steps here, and no epochs

@@ -14,7 +14,8 @@ speaks of them, so that the long captions of the adaptation have something to te
 
     python assets/make_tiny.py --teach-sizes --freeze-projector --steps 2400 --out /tmp/looks
 
-makes one whose adapted captions look at textures, which it was not taught (docs/results.md).
+makes one whose adapted captions look at textures, which no conversation about an image names
+(docs/results.md); there answers about images say sizes, those about texts everything.
 
 Not here: anything discriminative. The result has never seen a contrastive loss.
 """

@@ -96,7 +96,8 @@ def curve(argv):
     """Train with the flags of train.py; print the words' scores on the way."""
     flags = {"out": "runs/curve", "eval_every": 100} | vars(train.build_parser().parse_args(argv))
     resume = flags.pop("resume")
-    config, method = train.configs_from_flags(flags | {"eval_seed": DEVELOPMENT_SEED})
+    flags |= {"eval_seed": DEVELOPMENT_SEED, "device": "cpu"}
+    config, method = train.read_run(flags) if resume else train.configs_from_flags(flags)
     train.train(config, method, resume, open_rows)
     out = Path(config.out)
     scores = read_json(out / "scores.json")
@@ -187,6 +188,7 @@ def readouts(argv):
     data.add_model_flags(parser)
     parser.add_argument("--scenes", type=int, default=700, help="to train and test on")
     args = parser.parse_args(argv)
+    args.device = "cpu"
     model = load_model(args)
     columns = {}
     for when in before_and_after(model):
