@@ -406,13 +406,13 @@ def crowded_turn(scene, rng, taught=()):
 
 
 def brief_caption(scene, rng, style=None, mentions=None, attributes=()):
-    """A short caption without what is held out."""
+    """A short caption that says of attributes only those given."""
     style = style or rng.choice(("position", "list"))
     return scenes.short_caption(scene, rng, style, mentions, attributes)
 
 
 def full_caption(scene, rng, attributes=()):
-    """A long caption without what is held out."""
+    """A long caption that says of attributes only those given, and no relation."""
     return scenes.long_caption(scene, rng, attributes, related=False)
 
 

@@ -9,6 +9,7 @@ those words. readouts trains linear read-outs of both: in the tower, behind the 
 the decoder, layer by layer, at the token before the word. The tables are in docs/results.md.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from random import Random
@@ -143,16 +144,13 @@ def object_features(features, scene_list):
 @torch.no_grad()
 def layer_states(model, batch, pixels):
     """States (M, D) that predict caption tokens: the decoder's inputs, then behind each block."""
-    x = model.inputs_embeds(batch, "image", pixels)
-    position_ids = batch.position_ids
-    if position_ids is None:
-        position_ids = torch.arange(x.shape[1])[None]
-    rotary = model.lvlm.decoder.rotary(position_ids, x.dtype)
-    states = [x.flatten(0, 1)[batch.caption_index]]
-    for block in model.lvlm.decoder.layers:
-        x = block(x, rotary)
-        states.append(x.flatten(0, 1)[batch.caption_index])
-    return states
+    states = [model.inputs_embeds(batch, "image", pixels)]
+    with contextlib.ExitStack() as stack:
+        for block in model.lvlm.decoder.layers:
+            hook = block.register_forward_hook(lambda block, inputs, x: states.append(x))
+            stack.callback(hook.remove)
+        model.lvlm.decoder(states[0], batch.position_ids)
+    return [x.flatten(0, 1)[batch.caption_index] for x in states]
 
 
 @torch.no_grad()
