@@ -391,9 +391,8 @@ class Attention(nn.Module):
         # of the fused kernels on a GPU, FlashAttention alone lets several queries share keys
         if self.group_size > 1:
             k, v = (heads.repeat_interleave(self.group_size, dim=1) for heads in (k, v))
-        options = {"attn_mask": mask, "is_causal": mask is None}
-        attended = F.scaled_dot_product_attention(q, k, v, **options)  # (B, H, T, K)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
 
 
 class SwiGLU(nn.Module):

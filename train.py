@@ -38,7 +38,7 @@ from eval import BadRows, HeldOutPairs, open_data, report
 from model import DTYPES, check_shapes, from_json, read_json, read_tensors
 from vladva import Embeddings, VladVA, VladVAConfig, next_token_loss
 
-HEAD_CHUNK = 1024  # rows of logits that exist at a time
+HEAD_CHUNK = 128  # rows of logits that exist at a time; more are slower on a CPU
 RUN_FILES = ("config.json", "metrics.jsonl", "adapter.safetensors", "scores.json", "checkpoints")
 MAY_CHANGE = ("out", "device", "num_workers", "save_every")  # when a run goes on
 
@@ -57,7 +57,7 @@ class TrainConfig:
     micro_batch_size: int | None = flag(None, "rows of a forward (default: 4, 8 or 16)", low=1)
     gradient_caching: bool | None = flag(None, "two forwards, less memory (default: large models)")
     gradient_checkpointing: bool | None = flag(None, "recompute, less memory (default: small GPUs)")
-    compile: bool = flag(False, "torch.compile every decoder block")
+    compile: bool = flag(False, "torch.compile the decoder's blocks and Eq. 2")
     shard: bool = flag(False, "split frozen weights over the processes, for models over one GPU")
     deterministic: bool = flag(False, "the same bytes each time on cuda as well, slower")
     # 2e-4 at width 4096 is LLaVA-1.5's LoRA recipe; the scaling and the factor 4 are ours
@@ -272,7 +272,7 @@ def caption_gradient(
     loss = torch.zeros((), device=states.device)
     for start in range(0, len(targets), HEAD_CHUNK):
         chunk = slice(start, start + HEAD_CHUNK)
-        chunk_loss = next_token_loss(states[chunk], targets[chunk], head_weight, num_tokens)
+        chunk_loss = model.next_token_loss(states[chunk], targets[chunk], head_weight, num_tokens)
         chunk_loss.backward()
         loss = loss + chunk_loss.detach()
     return loss, torch.zeros_like(states) if states.grad is None else states.grad
@@ -303,6 +303,7 @@ def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
         torch._dynamo.config.recompile_limit = 64
         for block in model.lvlm.decoder.layers:
             block.compile()
+        model.next_token_loss = torch.compile(next_token_loss, dynamic=True)
 
 
 class Steps:
@@ -380,7 +381,6 @@ def cuda_mode(memory: float) -> dict:
 def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig:
     """The config with everything decided that it leaves to the run."""
     world_size = rank_and_world_size()[1]
-    cuda = model.lvlm.device.type == "cuda"
     batch_size = min(config.batch_size, len(rows))
     if batch_size < max(2, world_size):
         raise ValueError(f"a batch of {batch_size} rows: at least {max(2, world_size)} are needed")
@@ -402,7 +402,7 @@ def resolve(config: TrainConfig, model: VladVA, rows: data.Pairs) -> TrainConfig
         "soft_prompt_lr": 4 * lr,
         "num_workers": 0,
     }
-    if cuda:
+    if model.lvlm.device.type == "cuda":
         settings |= cuda_mode(torch.cuda.get_device_properties(model.lvlm.device).total_memory)
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         # a worker holds the float32 images of a step: 8 GB in all, of LLaVA's size

@@ -169,6 +169,7 @@ class VladVA(nn.Module):
         self.soft_prompts = nn.ParameterDict()
         self.loss_parameters = nn.ParameterDict()
         self.adapter_enabled = False
+        self.next_token_loss = next_token_loss  # Eq. 2, as the training loop calls it
 
     @classmethod
     def from_pretrained(

@@ -4,6 +4,7 @@ Runs train on a few small images in a file, and on the rendered scenes where it 
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -196,6 +197,7 @@ def test_compile_makes_few_graphs(random_folder, pairs, tmp_path, monkeypatch, f
     counters.clear()
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(DecoderBlock, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     flags = [*flags, "--compile", "--gradient-caching", "--eval-every", 1, "--holdout", 2]
     flags += ["--steps", 2, "--batch-size", 9]
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
