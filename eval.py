@@ -337,7 +337,6 @@ def read_benchmark(args: argparse.Namespace) -> Benchmark:
     return benchmark
 
 
-@torch.compiler.set_stance("force_eager")  # with --compile, a cache is a graph for each block
 def embed_benchmark(model: VladVA, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
     """(image_emb, text_emb) of a benchmark, on the host; each process encodes its share."""
     rank, world_size = rank_and_world_size()
@@ -366,7 +365,6 @@ class Measured:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def mean_caption_loss(model: VladVA, images: list, captions: list, batch_size: int = 32) -> float:
     """Eq. 2 on held-out long captions, in nats per token, shared out over the processes."""
     rank, world_size = rank_and_world_size()
