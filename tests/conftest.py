@@ -5,8 +5,15 @@ read them), the layers as naive loops (test_model.py).
 """
 
 import json
+import multiprocessing
+import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -425,3 +432,77 @@ def qwen_sequences(raw: dict, grids) -> list[list[int]]:
         start, end = raw["vision_start_token_id"], raw["vision_end_token_id"]
         input_ids.append([*before, start, *image_tokens, end, *after])
     return input_ids
+
+
+# ---------------------------------------------------------------------------------- processes
+
+
+def torchrun(*arguments, **env):
+    """A script in two processes, one thread each."""
+    port = f"--master-port={random.randint(20000, 60000)}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port]
+    root = Path(__file__).parent.parent
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests'}"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=root, env=os.environ | env, **options
+    )
+
+
+class Forked:
+    """function(*arguments) in processes of its own, as many as ranks, as torchrun starts them.
+
+    They are forks of this one: a new interpreter takes three seconds to import what is here.
+    """
+
+    def __init__(self, function, *arguments, ranks=1):
+        self.printed = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]
+        self.processes = []
+        port = str(random.randint(20000, 60000))
+        for rank in range(ranks):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            todo = (function, arguments, env if ranks > 1 else {})
+            process = multiprocessing.get_context("fork").Process(target=self.run, args=todo)
+            process.start()
+            self.processes.append(process)
+            os.setpgid(process.pid, self.processes[0].pid)  # one group: a signal reaches all
+
+    # In the new process.
+    def run(self, function, arguments, env):
+        for fd, file in enumerate(self.printed, start=1):
+            os.dup2(file.fileno(), fd)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        os.environ.update({name: str(value) for name, value in env.items()})
+        code = 0
+        try:
+            function(*arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+        sys.stdout.flush()
+        os._exit(code)  # multiprocessing would wait for data processes, which ignore its signal
+
+    def running(self):
+        return self.processes[0].is_alive()
+
+    def kill(self, number):
+        os.killpg(self.processes[0].pid, number)
+
+    def join(self):
+        """Exit code of the first process, and what all printed on stdout and stderr."""
+        for process in self.processes:
+            process.join(timeout=100)
+            if process.is_alive():
+                self.kill(signal.SIGKILL)
+        texts = []
+        for file in self.printed:
+            file.seek(0)
+            texts.append(file.read())
+        return self.processes[0].exitcode, *texts
+
+    def finish(self):
+        """What processes that end well printed."""
+        code, out, err = self.join()
+        assert code == 0, err
+        return out, err

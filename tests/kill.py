@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from conftest import make_folder, random_config
-from test_train import finish, kill_and_resume, read_lines, spawn, write_pairs
+from test_train import kill_and_resume, read_lines, start_training, write_pairs
 
 STEPS = 12
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         flags = ["--model", model, "--data", write_pairs(folder / "data"), "--steps", STEPS]
         flags += ["--batch-size", 8, "--lora-rank", 4, "--holdout", 0, "--save-every", 2]
         whole = folder / "whole"
-        finish(spawn("train.py", *flags, "--out", whole, ranks=args.ranks))
+        start_training(*flags, "--out", whole, ranks=args.ranks).finish()
         for number in range(1, args.runs + 1):
             out = folder / f"killed-{number}"
             after = rng.randint(1, STEPS - 1)

@@ -2,18 +2,16 @@
 counts by hand, and captions written by a model."""
 
 import json
-import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import export_scenes
 import pytest
+from conftest import Forked
 
 import data
 from extras import captions, scenes
@@ -500,26 +498,8 @@ def test_check_names_ten_rows_in_a_line_each(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------- fill
 
 
-def started(*arguments, ranks=1):
-    """python -m extras.captions fill in processes of its own, one thread each."""
-    launcher = []
-    if ranks > 1:
-        port = f"--master-port={random.randint(20000, 60000)}"
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", port]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "extras.captions", "fill", *map(str, arguments)],
-        cwd=data.TINY.parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process):
-    out, err = process.communicate(timeout=170)
-    assert process.returncode == 0, err
-    return out
+def start_fill(*flags, ranks=1):
+    return Forked(captions.main, ["fill", *map(str, flags)], ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -539,7 +519,7 @@ def lacking(tmp_path_factory):
     path = scene_pairs(folder, 12, changes)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:5], "", *lines[5:]]) + "\n")
-    out = finished(started(path, "--out", folder / "whole.jsonl", "--batch-size", "2"))
+    out, _ = start_fill(path, "--out", folder / "whole.jsonl", "--batch-size", "2").finish()
     assert "12 of 12 rows are left" in out and "whole.jsonl is written, 0 bad rows" in out
     return path, folder / "whole.jsonl"
 
@@ -575,12 +555,11 @@ def test_fill_killed_and_started_again_by_two_processes_gives_the_same_file(lack
     out = whole.with_name("killed.jsonl")
     part = Path(f"{out}.part")
     flags = [path, "--out", out, "--batch-size", "2"]
-    process = started(*flags)
-    while process.poll() is None and not (part.is_file() and part.read_bytes().count(b"\n") >= 3):
+    process = start_fill(*flags)
+    while process.running() and not (part.is_file() and part.read_bytes().count(b"\n") >= 3):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -9 and not out.exists()
+    process.kill(signal.SIGKILL)
+    assert process.join()[0] == -9 and not out.exists()
     lines = part.read_bytes().split(b"\n")
     done = len(lines) - 2  # but for the settings and what follows the last line feed
     assert 2 <= done < 12
@@ -589,7 +568,7 @@ def test_fill_killed_and_started_again_by_two_processes_gives_the_same_file(lack
         captions.main(["fill", *map(str, flags), "--dtype", "bfloat16"])
     err = capsys.readouterr().err
     assert "killed.jsonl.part is of a run with" in err and "delete it to start anew" in err
-    assert f"{12 - done} of 12 rows are left" in finished(started(*flags, ranks=2))
+    assert f"{12 - done} of 12 rows are left" in start_fill(*flags, ranks=2).finish()[0]
     assert out.read_bytes() == whole.read_bytes() and not part.exists()
 
 

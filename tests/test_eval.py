@@ -2,15 +2,13 @@
 
 import json
 import os
-import random
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import torchrun
 from PIL import Image
 
 import data
@@ -491,19 +489,10 @@ def test_two_processes_score_as_one(tmp_path, random_folder):
     write_flickr(tmp_path)
     model = ["--folder", str(tmp_path), "--model", str(random_folder)]
     flags = ["--task", "flickr30k", *model, "--json"]
-    port = f"--master-port={random.randint(20000, 60000)}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*torchrun, "eval.py", *flags, f"{tmp_path}/two.json"],
-        cwd=data.TINY.parents[1],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 images, 6 captions") == 1
+    process = torchrun("eval.py", *flags, tmp_path / "two.json")
+    out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err
+    assert out.count("3 images, 6 captions") == 1
     benchmarks.main([*flags, f"{tmp_path}/one.json"])
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 

@@ -32,7 +32,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llava import assert_close, recorded
-from test_train import finish, gradients, kill_and_resume, read_lines, spawn
+from test_train import gradients, kill_and_resume, read_lines, start_training
 
 import data
 import train as training
@@ -442,10 +442,10 @@ def test_a_run_on_images_of_many_sizes_learns_and_resumes_to_the_byte(qwen_folde
     flags += ["--save-every", 4, "--lr", 0.01]
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
-    process = spawn("train.py", *flags, "--out", whole)
+    process = start_training(*flags, "--out", whole)
     code = kill_and_resume(flags, killed, after=9, number=signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert "image to text R@1" in finish(process)[0]
+    assert "image to text R@1" in process.finish()[0]
     adapter = (whole / "adapter.safetensors").read_bytes()
     assert adapter == (killed / "adapter.safetensors").read_bytes()
     losses = [line["loss"] for line in read_lines(whole)]

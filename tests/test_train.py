@@ -13,8 +13,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     HUB_CONFIGS,
+    Forked,
     make_folder,
     random_config,
     shaken,
+    torchrun,
     write_llama_tokenizer,
 )
 from PIL import Image
@@ -328,14 +328,12 @@ def test_the_gradient_of_a_users_loss_is_the_same_with_two_ranks(
     """Gradients of the loss's own parameters are whole in either process, the others' are parts."""
     rows = rows_with_triplets(scene_rows)
     torch.save(rows, tmp_path / "rows.pt")
-    code = "import sys, test_train; test_train.save_gradients_of_a_rank(*sys.argv[1:])"
-    (tmp_path / "rank.py").write_text(code)
     arguments = [random_folder, tmp_path / "rows.pt", tmp_path / "found.pt", "triplets"]
-    process = spawn(tmp_path / "rank.py", *arguments, ranks=2)
+    process = Forked(save_gradients_of_a_rank, *arguments, ranks=2)
     # by rank, as the further texts of the one process come before those of the other
     model = model_with_loss(random_folder, "triplets")
     model(model.training_batch(rows[0::2] + rows[1::2])).backward()
-    finish(process)
+    process.finish()
     found = torch.load(tmp_path / "found.pt")
     for name, p in model.trained_parameters().items():
         assert (found[name] - p.grad).abs().max() < 1e-9, name  # float64
@@ -736,25 +734,8 @@ def test_help_says_each_default_in_words(script, capsys):
 # -------------------------------------------------------------------------------- nothing lost
 
 
-def spawn(script, *arguments, ranks=1):
-    """A script in processes of its own, one thread each."""
-    launcher = []
-    if ranks > 1:
-        port = f"--master-port={random.randint(20000, 60000)}"
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", port]
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options |= {"cwd": ROOT, "env": os.environ | env, "start_new_session": True}
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    return subprocess.Popen(command, **options)
-
-
-def finish(process):
-    """What a process that ends well printed on stdout and stderr."""
-    out, err = process.communicate(timeout=170)
-    assert process.returncode == 0, err
-    return out, err
+def start_training(*flags, ranks=1):
+    return Forked(training.main, [str(flag) for flag in flags], ranks=ranks)
 
 
 def steps_written(out):
@@ -769,24 +750,24 @@ def kill_and_resume(flags, out, after, number=signal.SIGKILL, delay=0.0, ranks=1
 
     Returns the exit code of the first run.
     """
-    process = spawn("train.py", *flags, "--out", out, ranks=ranks)
-    while process.poll() is None and len(steps_written(out)) < after:
+    process = start_training(*flags, "--out", out, ranks=ranks)
+    while process.running() and len(steps_written(out)) < after:
         time.sleep(0.01)
     time.sleep(delay)
-    os.killpg(process.pid, number)
-    process.communicate(timeout=60)
-    finish(spawn("train.py", "--out", out, "--resume", ranks=ranks))
-    return process.returncode
+    process.kill(number)
+    code = process.join()[0]
+    start_training("--out", out, "--resume", ranks=ranks).finish()
+    return code
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_resumed_equals_uninterrupted(random_folder, pairs, tmp_path, number):
     """To the byte of the adapter file, and metrics.jsonl has each step once."""
     flags = ["--model", random_folder, "--data", pairs, *FEW, "--num-workers", 2]
-    whole = spawn("train.py", *flags, "--out", tmp_path / "whole")
+    whole = start_training(*flags, "--out", tmp_path / "whole")
     code = kill_and_resume(flags, tmp_path / "killed", after=3, number=number)
     assert code == {signal.SIGKILL: -9, signal.SIGTERM: 130}[number]
-    finish(whole)
+    whole.finish()
     whole, killed = (tmp_path / name / "adapter.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
     assert steps_written(tmp_path / "killed") == [1, 2, 3, 4, 5, 6]
@@ -1008,9 +989,9 @@ def test_two_ranks_equal_one_process(random_folder, tmp_path):
     flags += ["--batch-size", 9, "--lora-rank", 4, "--learn-temperature", "--save-every", 2]
     flags += ["--lr", 0.002]
     outs = {"one": tmp_path / "one", "two": tmp_path / "two"}
-    two = spawn("train.py", *flags, "--micro-batch-size", 2, "--out", outs["two"], ranks=2)
-    one = spawn("train.py", *flags, "--out", outs["one"])
-    for printed, err in (finish(one), finish(two)):
+    two = start_training(*flags, "--micro-batch-size", 2, "--out", outs["two"], ranks=2)
+    one = start_training(*flags, "--out", outs["one"])
+    for printed, err in (one.finish(), two.finish()):
         assert printed.count("written: ") == 1
         assert err.count("left out: ") == 3
     one, two = (load_file(out / "adapter.safetensors") for out in outs.values())
@@ -1037,7 +1018,7 @@ def two_ranks(random_folder, pairs, tmp_path_factory):
     path = with_bad_lines(pairs, folder / "data", 3)
     flags = ["--model", random_folder, "--data", path, "--holdout", 0, "--steps", 12]
     flags += ["--batch-size", 9, "--lora-rank", 4, "--num-workers", 2]
-    _, err = finish(spawn("train.py", *flags, "--out", folder / "run", ranks=2))
+    _, err = start_training(*flags, "--out", folder / "run", ranks=2).finish()
     return flags, folder / "run", err
 
 
@@ -1097,7 +1078,7 @@ def run_split(folder, large_folder, pairs, out):
     torch.distributed.destroy_process_group()
 
 
-def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp_path, monkeypatch):
+def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp_path):
     """With and without checkpointing; rows lack a short or a long caption, batches do not divide.
 
     No process holds more than 0.6 of a model that lies in its blocks while it is loaded.
@@ -1106,12 +1087,13 @@ def test_blocks_split_over_two_ranks_equal_one_process(random_folder, pairs, tmp
     large = make_folder(tmp_path / "large", random_config(**wide))
     code = "import sys, test_train; test_train.run_split(*sys.argv[1:])"
     (tmp_path / "rank.py").write_text(code)
+    arguments = [tmp_path / "rank.py", random_folder, large, pairs, tmp_path]
     # small tensors are freed as those of a real model are: to the system
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    process = spawn(tmp_path / "rank.py", random_folder, large, pairs, tmp_path, ranks=2)
+    process = torchrun(*arguments, MALLOC_MMAP_THRESHOLD_="65536")
     one = TrainConfig(str(random_folder), str(pairs), str(tmp_path / "one"), lr=0.002, **SPLIT)
     training.train(one, SPLIT_METHOD)
-    finish(process)
+    _, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err
     whole = (large / "model.safetensors").stat().st_size
     for rank in (0, 1):
         assert 0.4 * whole < int((tmp_path / f"peak-{rank}").read_text()) < 0.6 * whole
