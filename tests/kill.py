@@ -1,6 +1,6 @@
 """Runs that are killed at a random moment and resumed, against one that is not. By hand.
 
-    python tests/kill.py [--runs 20] [--seed 0]  # 20 runs take about 8 minutes
+    python tests/kill.py [--runs 20] [--seed 0]  # half a minute
     python tests/kill.py --runs 4 --ranks 2  # two processes, all killed at once
 
 Counts the runs whose adapter file is the same to the byte and whose metrics.jsonl has each step
