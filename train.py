@@ -68,7 +68,7 @@ class TrainConfig:
     seed: int = flag(0, "of adapter weights, data order and training scenes", low=0, high=2**32)
     device: str | None = flag(None, "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str | None = flag(None, "weights (default: by device)", choices=("float32", "bfloat16"))
-    num_workers: int | None = flag(None, "data processes (default: 8 on cuda)", low=0, high=256)
+    num_workers: int | None = flag(None, "data workers (default: up to 8 on cuda)", low=0, high=256)
     save_every: int = flag(500, "steps between checkpoints; every 10 minutes as well", low=1)
     save_minutes: float = 10.0
     num_checkpoints: int = 2  # that are kept

@@ -43,7 +43,7 @@ def test_states_before_the_words_are_the_decoders(random_folder):
 
 
 def test_word_scores_of_a_model_that_knows_are_100(random_folder, monkeypatch):
-    """And of one that says the first word always, the share of that word."""
+    """Of one that gives the words no score, they are not."""
     model = VladVA.from_pretrained(random_folder)
     vocab_size = model.lvlm.config.decoder.vocab_size
 

@@ -648,7 +648,7 @@ def test_a_large_card_recomputes_nothing_and_a_small_one_does():
 
 
 @pytest.mark.parametrize("batch_size, num_workers", [(64, 8), (1024, 5), (10**6, 1)])
-def test_data_processes_hold_at_most_8_gb_of_images(monkeypatch, batch_size, num_workers):
+def test_data_processes_are_fewer_for_larger_batches(monkeypatch, batch_size, num_workers):
     """A step of 1,024 images is 1.4 GB in each of them."""
     monkeypatch.setattr(WideModel.lvlm, "device", torch.device("cuda"))
     card = SimpleNamespace(total_memory=80e9)
