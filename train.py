@@ -297,7 +297,7 @@ def lr_scale(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
-# Gradient checkpointing and torch.compile, block by block.
+# Gradient checkpointing block by block, and torch.compile of the blocks and Eq. 2.
 def prepare_blocks(model: VladVA, config: TrainConfig) -> None:
     model.lvlm.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:

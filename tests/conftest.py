@@ -33,6 +33,12 @@ torch.set_num_threads(1)  # small models: more would wait for one another on a b
 TINY = data.TINY
 RECORDED = Path(__file__).parent / "recorded"
 
+
+# A process that has asked for GPUs cannot hide them from its forks later.
+def pytest_configure():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 CLIP_L_336 = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -474,6 +480,7 @@ class Forked:
         for fd, file in enumerate(self.printed, start=1):
             os.dup2(file.fileno(), fd)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        env = {"CUDA_VISIBLE_DEVICES": ""} | env
         os.environ.update({name: str(value) for name, value in env.items()})
         code = 0
         try:
@@ -502,7 +509,7 @@ class Forked:
         return self.processes[0].exitcode, *texts
 
     def finish(self):
-        """What processes that end well printed."""
-        code, out, err = self.join()
-        assert code == 0, err
+        """What processes that all end well printed."""
+        _, out, err = self.join()
+        assert [process.exitcode for process in self.processes] == [0] * len(self.processes), err
         return out, err
